@@ -1,0 +1,24 @@
+"""fastenc's ops: hand-written kernels as ``torch.ops.fastenc.*``, one file an op."""
+
+from fastenc.ops._registry import backends, debug_checks, record, use_backend
+from fastenc.ops.add_layer_norm import add_layer_norm
+from fastenc.ops.flash_attn import flash_attn_varlen_func
+from fastenc.ops.geglu import geglu
+from fastenc.ops.rope import rope
+from fastenc.ops.rope_varlen_attention import rope_varlen_attention
+from fastenc.ops.segment_pool import segment_pool
+from fastenc.ops.varlen_attention import varlen_attention
+
+__all__ = [
+    "add_layer_norm",
+    "backends",
+    "debug_checks",
+    "flash_attn_varlen_func",
+    "geglu",
+    "record",
+    "rope",
+    "rope_varlen_attention",
+    "segment_pool",
+    "use_backend",
+    "varlen_attention",
+]

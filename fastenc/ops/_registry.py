@@ -1,0 +1,325 @@
+"""One op, several backends: namespaces, dispatch, the choice of a backend, and the record of what ran.
+
+A dispatch key holds one kernel, so each backend owns a namespace with the same schema and fake
+(``fastenc_reference``, ``fastenc_cpu``, ``fastenc_triton``, ``fastenc_cuda``); ``fastenc`` is the
+default one: C++ for CPU tensors, CUDA C++ (else Triton) for CUDA tensors, plain PyTorch elsewhere.
+Each namespace's autograd calls its own backward, so a backward stays on its forward's backend.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.library import Library
+
+from fastenc.ops import _library
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+log = logging.getLogger("fastenc")
+
+_libraries: dict[str, Library] = {}
+_forward: dict[str, dict[str | None, torch._ops.OpOverload]] = {}
+_launches: collections.Counter[tuple[str, str]] = collections.Counter()
+_records: list[Record] = []
+_lock = threading.Lock()
+
+
+def _checked_backend(name: str | None) -> str | None:
+    if name and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    return name or None
+
+
+class _Local(threading.local):
+    """Per-thread choices. A ContextVar would break ``torch.compile(fullgraph=True)``."""
+
+    backend: str | None = _checked_backend(os.environ.get("FASTENC_BACKEND"))
+    debug: bool = False
+
+
+_local = _Local()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op of this thread on one backend; ``None`` restores the default choice.
+
+    ``name``: "reference", "cpu", "triton" or "cuda". An op that the backend cannot serve raises
+    NotImplementedError with each backend's reason: an explicit choice never falls back.
+    Also set by the environment variable FASTENC_BACKEND.
+    """
+    before, _local.backend = _local.backend, _checked_backend(name)
+    try:
+        yield
+    finally:
+        _local.backend = before
+
+
+@contextlib.contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Validate what lies in device memory too (cu_seqlens, positions): one synchronisation a call."""
+    before, _local.debug = _local.debug, enabled
+    try:
+        yield
+    finally:
+        _local.debug = before
+
+
+def debug_checks_enabled() -> bool:
+    return _local.debug
+
+
+# ---- what really ran ---------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What ran while recording: ``calls`` {op: {backend: launches}} and ``fallbacks`` [reason].
+
+    A backward counts under its own name, ``geglu_bwd``. Counts are of the whole process: kernels
+    that other threads launch meanwhile are counted too.
+    """
+
+    fallbacks: list[str] = field(default_factory=list)
+    _before: collections.Counter = field(default_factory=collections.Counter, repr=False)
+    _after: collections.Counter | None = field(default=None, repr=False)
+
+    @property
+    def calls(self) -> dict[str, dict[str, int]]:
+        spent = (self._after or _snapshot()) - self._before
+        calls: dict[str, dict[str, int]] = {}
+        for (op, backend), count in sorted(spent.items()):
+            calls.setdefault(op, {})[backend] = count
+        return calls
+
+
+def _snapshot() -> collections.Counter:
+    return _launches + collections.Counter(_library.launch_counts())
+
+
+@contextlib.contextmanager
+def record() -> Iterator[Record]:
+    """Record every kernel launch and every fallback until the block ends."""
+    current = Record(_before=_snapshot())
+    with _lock:
+        _records.append(current)
+    try:
+        yield current
+    finally:
+        with _lock:
+            _records[:] = [r for r in _records if r is not current]
+        current._after = _snapshot()
+
+
+_logged: set[str] = set()
+
+
+def note_fallback(reason: str) -> None:
+    """Say, once in the log and in every open record, that something slower ran, and why."""
+    if torch.compiler.is_compiling():
+        return
+    with _lock:
+        for current in _records:
+            if reason not in current.fallbacks:
+                current.fallbacks.append(reason)
+        first = reason not in _logged
+        _logged.add(reason)
+    if first:
+        log.warning("fastenc falls back: %s", reason)
+
+
+def _counted(op: str, backend: str, kernel: Callable) -> Callable:
+    def launch(*args):
+        _launches[op, backend] += 1
+        return kernel(*args)
+
+    return launch
+
+
+# ---- definition --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Everything the registry needs of one op; each op's file builds one and calls :func:`define`.
+
+    ``forward``/``backward``: schemas without the name; ``*_fake``: shapes and dtypes;
+    ``*_ref``: plain PyTorch kernels; ``save(ctx, inputs, output)``; ``differentiate(ctx, bwd,
+    *grads)`` returns one gradient per forward input, calling ``bwd`` of its own namespace;
+    ``autocast(dtype, device_type, args)`` returns the arguments as they run under autocast.
+    """
+
+    name: str
+    forward: str
+    backward: str
+    forward_fake: Callable
+    backward_fake: Callable
+    forward_ref: Callable
+    backward_ref: Callable
+    save: Callable
+    differentiate: Callable
+    autocast: Callable | None = None
+    stem: str | None = None
+
+    @property
+    def triton_module(self) -> str:
+        return f"fastenc.triton_kernels.{self.stem or self.name}"
+
+
+_specs: dict[str, OpSpec] = {}
+
+
+def define(spec: OpSpec) -> None:
+    """Register ``spec`` in every namespace: schema, fake, autograd, autocast, Python kernels."""
+    _specs[spec.name] = spec
+    _forward[spec.name] = {}
+    for backend in (None, *BACKENDS):
+        namespace = f"fastenc_{backend}" if backend else "fastenc"
+        library = _libraries.setdefault(namespace, Library(namespace, "FRAGMENT"))
+        library.define(f"{spec.name}_fwd{spec.forward}")
+        library.define(f"{spec.name}_bwd{spec.backward}")
+        ops = getattr(torch.ops, namespace)
+        forward = getattr(ops, f"{spec.name}_fwd").default
+        backward = getattr(ops, f"{spec.name}_bwd").default
+        _forward[spec.name][backend] = forward
+        torch.library.register_fake(f"{namespace}::{spec.name}_fwd", spec.forward_fake, lib=library)
+        torch.library.register_fake(
+            f"{namespace}::{spec.name}_bwd", spec.backward_fake, lib=library
+        )
+        torch.library.register_autograd(
+            f"{namespace}::{spec.name}_fwd",
+            _gradient(spec, backward),
+            setup_context=_saver(spec),
+            lib=library,
+        )
+        if spec.autocast is not None:
+            for device in ("cpu", "cuda"):
+                library.impl(
+                    f"{spec.name}_fwd",
+                    _autocast(spec, forward, device),
+                    f"Autocast{device.upper()}",
+                )
+        _register_python_kernels(spec, backend, library)
+
+
+def _saver(spec: OpSpec) -> Callable:
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        spec.save(ctx, inputs, output)
+
+    return save
+
+
+def _gradient(spec: OpSpec, backward: Callable) -> Callable:
+    def gradient(ctx, *grads):
+        return spec.differentiate(ctx, backward, *grads)
+
+    return gradient
+
+
+def _autocast(spec: OpSpec, forward: Callable, device: str) -> Callable:
+    def run(*args):
+        args = spec.autocast(torch.get_autocast_dtype(device), device, args)
+        with torch.autocast(device, enabled=False):
+            return forward(*args)
+
+    return run
+
+
+def _register_python_kernels(spec: OpSpec, backend: str | None, library: Library) -> None:
+    for suffix, reference in (("fwd", spec.forward_ref), ("bwd", spec.backward_ref)):
+        op = f"{spec.name}_{suffix}"
+        shown = spec.name if suffix == "fwd" else op
+        if backend in (None, "reference"):
+            plain = _counted(shown, "reference", torch.no_grad()(reference))
+            library.impl(op, plain, "CompositeExplicitAutograd")
+        if backend in (None, "triton") and _exists(spec.triton_module):
+            launch = _counted(shown, "triton", _lazy(spec.triton_module, op))
+            key = "CUDA" if backend is None else "CompositeExplicitAutograd"
+            if not (backend is None and (_library.serves_cuda(op) or not _exists("triton"))):
+                library.impl(op, launch, key)
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _lazy(module: str, attribute: str) -> Callable:
+    def call(*args):
+        return getattr(importlib.import_module(module), attribute)(*args)
+
+    return call
+
+
+# ---- choice ------------------------------------------------------------------------------------
+
+
+def unavailable(name: str, backend: str) -> str | None:
+    """Why ``backend`` cannot serve op ``name`` in this process, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastenc_cpu::{name}_fwd", "CPU"):
+            return None
+        return _library.cpu_reason() or "the C++ library has no kernel for this op"
+    if backend == "triton":
+        if not _exists(_specs[name].triton_module):
+            return "there is no Triton kernel for this op"
+        if not _exists("triton"):
+            return "triton is not installed (pip install fastenc[gpu])"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "no GPU is available (TRITON_INTERPRET=1 runs Triton kernels on CPU tensors)"
+        return None
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastenc_cuda::{name}_fwd", "CUDA"):
+        return None
+    return _library.cuda_reason() or "the CUDA library has no kernel for this op"
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """``{op: {backend: "available" | reason}}`` for this process."""
+    return {
+        name: {backend: unavailable(name, backend) or "available" for backend in BACKENDS}
+        for name in _specs
+    }
+
+
+def _misplaced(backend: str, x: torch.Tensor) -> str | None:
+    device = x.device.type
+    if backend == "cpu" and device != "cpu":
+        return f"it serves CPU tensors, got {device}"
+    if backend == "cuda" and device != "cuda":
+        return f"it serves CUDA tensors, got {device}"
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it serves CPU tensors only under TRITON_INTERPRET=1"
+    if backend != "reference" and x.dtype not in KERNEL_DTYPES:
+        return f"it serves float32, bfloat16 and float16, got {x.dtype}"
+    return None
+
+
+def select(name: str, x: torch.Tensor) -> torch._ops.OpOverload:
+    """The forward overload that serves ``x`` under this thread's choice of a backend."""
+    backend = _local.backend
+    if backend is None:
+        if x.dtype in KERNEL_DTYPES:
+            return _forward[name][None]
+        note_fallback(f"{name}: no kernel for {x.dtype}, plain PyTorch runs")
+        return _forward[name]["reference"]
+    reason = unavailable(name, backend) or _misplaced(backend, x)
+    if reason is None:
+        return _forward[name][backend]
+    others = {b: unavailable(name, b) or _misplaced(b, x) or "available" for b in BACKENDS}
+    lines = "; ".join(f"{b}: {why}" for b, why in others.items())
+    raise NotImplementedError(f"{name}: backend {backend!r} cannot serve this call ({lines})")

@@ -1,0 +1,36 @@
+"""Autocast rules and dtype rules shared by the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` at the dtype in which the plain PyTorch kernels compute: float32, or float64 kept."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _cast(value, dtype: torch.dtype):
+    castable = isinstance(value, Tensor) and value.dtype in _CASTABLE
+    return value.to(dtype) if castable else value
+
+
+def lower_precision(count: int) -> Callable:
+    """The first ``count`` arguments run in the autocast dtype, as torch's matrix products do."""
+
+    def rule(dtype: torch.dtype, device: str, args: tuple) -> tuple:
+        return tuple(_cast(a, dtype) if i < count else a for i, a in enumerate(args))
+
+    return rule
+
+
+def layer_norm_precision(dtype: torch.dtype, device: str, args: tuple) -> tuple:
+    """As torch's layer_norm under autocast: float32 on CUDA, the inputs' own dtypes on CPU."""
+    if device == "cpu":
+        return args
+    return tuple(_cast(arg, torch.float32) for arg in args)
