@@ -24,7 +24,15 @@ def cpu_extension() -> CppExtension:
         sources=sources,
         include_dirs=[ROOT, pybind11.get_include()],
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI],
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-Wall",
+            STABLE_ABI,
+        ],
         extra_link_args=["-Wl,--no-as-needed"] if os.name == "posix" else [],
     )
 

@@ -1,0 +1,119 @@
+import itertools
+
+import op_tests
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastenc
+from fastenc import testing
+from fastenc.ops.add_layer_norm import add_layer_norm_ref
+
+
+@op_tests.parity_params("add_layer_norm")
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_parity(case, dtype, backend):
+    op_tests.check_parity(case, dtype, backend)
+
+
+def _arguments(rows=5, hidden=24):
+    return [torch.randn(rows, hidden, requires_grad=True) for _ in range(2)] + [
+        torch.randn(hidden, requires_grad=True) for _ in range(2)
+    ]
+
+
+def test_opcheck():
+    x, residual, weight, bias = _arguments()
+    case = next(testing.cases("add_layer_norm"))
+    for r, b in itertools.product((residual, None), (bias, None)):
+        op_tests.check_opcheck(case, (x, r, weight, b, 1e-5))
+
+
+def test_bit_equal_for_any_number_of_threads():
+    case = list(testing.cases("add_layer_norm"))[12]
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        args = [torch.randn(1000, 65, generator=torch.Generator().manual_seed(1))] * 2
+        args += [torch.ones(65), torch.zeros(65)]
+        results.append(testing.run_with_gradients(fastenc.add_layer_norm, tuple(args), {})[1])
+        op_tests.check_repeatable(case, torch.float32, threads)
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][key], other[key]) for key in other)
+
+
+def test_compiles():
+    op_tests.check_compiles(
+        lambda *args: fastenc.add_layer_norm(*args), lambda n: _arguments(rows=n)
+    )
+
+
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(testing.DTYPES, testing.DTYPES)), ids=lambda d: str(d)
+)
+def test_mixed_dtypes_promote(dtypes):
+    x, residual, weight, bias = _arguments()
+    x, residual = x.detach().to(dtypes[0]), residual.detach().to(dtypes[1])
+    expected = torch.promote_types(*dtypes)
+    for backend in ("reference", "cpu"):
+        with fastenc.use_backend(backend):
+            args = (x, residual, weight.detach(), bias.detach())
+            (normed, total), grads = testing.run_with_gradients(fastenc.add_layer_norm, args, {})
+        assert normed.dtype == total.dtype == expected
+        assert torch.equal(total, x + residual)
+        assert [grads[f"argument {i}"].dtype for i in range(4)] == [
+            *dtypes, torch.float32, torch.float32,
+        ]  # fmt: skip
+        exact, _ = add_layer_norm_ref(x.double(), residual.double(), weight, bias)
+        plain, _ = add_layer_norm_ref(x, residual, weight, bias)
+        testing.assert_parity("normed", normed, plain, exact)
+
+
+def test_without_residual_the_sum_is_x_itself():
+    x, _, weight, _ = _arguments()
+    normed, total = fastenc.add_layer_norm(x, None, weight)
+    assert total is x
+    torch.testing.assert_close(normed, F.layer_norm(x, (24,), weight))
+    (normed.sum() + total.sum()).backward()
+    assert x.grad is not None
+
+
+def test_only_the_sum_is_used():
+    x, residual, weight, bias = _arguments()
+    fastenc.add_layer_norm(x, residual, weight, bias)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(residual.grad, x.grad)
+    assert weight.grad is None
+
+
+def test_one_pass_statistics_survive_a_large_mean():
+    x = torch.randn(4, 768) + 1e4
+    normed, _ = fastenc.add_layer_norm(x, None, torch.ones(768))
+    exact = F.layer_norm(x.double(), (768,))
+    testing.assert_parity("normed", normed, F.layer_norm(x, (768,)), exact)
+
+
+def test_autocast_on_cpu_follows_torch():
+    x, residual, weight, bias = _arguments()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normed, total = fastenc.add_layer_norm(x.bfloat16(), residual, weight, bias)
+        plain = F.layer_norm(x.bfloat16() + residual, (24,), weight, bias)
+    assert normed.dtype == plain.dtype == total.dtype == torch.float32
+
+
+def _misuse():
+    x, residual, weight, bias = _arguments()
+    yield "residual shape", (x, residual[1:], weight, bias), ValueError, "residual"
+    yield "weight shape", (x, residual, weight[1:], bias), ValueError, "weight"
+    yield "bias shape", (x, residual, weight, bias[None]), ValueError, "bias"
+    yield "integer x", (x.int(), None, weight, bias), TypeError, "int32"
+    yield "no weight", (x, residual, None, bias), TypeError, "NoneType"
+    yield "empty rows", (x[:, :0], None, weight[:0]), ValueError, "hidden >= 1"
+
+
+@pytest.mark.parametrize(("name", "args", "error", "words"), _misuse(), ids=lambda v: str(v)[:20])
+def test_misuse(name, args, error, words):
+    with pytest.raises(error, match=words):
+        fastenc.add_layer_norm(*args)

@@ -1,0 +1,85 @@
+import op_tests
+import pytest
+import torch
+
+import fastenc
+from fastenc import testing
+from fastenc.ops.segment_pool import MODES
+
+
+@op_tests.parity_params("segment_pool")
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_parity(case, dtype, backend):
+    op_tests.check_parity(case, dtype, backend)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(mode):
+    x = torch.randn(9, 5, requires_grad=True)
+    cu = testing.cu_seqlens_of((3, 0, 6))
+    op_tests.check_opcheck(next(testing.cases("segment_pool")), (x, cu, mode))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_repeatable(threads):
+    for case in testing.cases("segment_pool"):
+        op_tests.check_repeatable(case, torch.float32, threads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles(mode):
+    def make(n):
+        return torch.randn(2 * n, 8, requires_grad=True), testing.cu_seqlens_of((n, n))
+
+    op_tests.check_compiles(lambda x, cu: fastenc.segment_pool(x, cu, mode), make)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_sequences_are_zeros_and_get_no_gradient(mode):
+    x = torch.randn(3, 20, requires_grad=True)
+    out = fastenc.segment_pool(x, testing.cu_seqlens_of((0, 3, 0)), mode)
+    assert torch.equal(out[[0, 2]], torch.zeros(2, 20))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad.sum(), torch.tensor(20.0))
+
+
+def test_no_sequences():
+    out = fastenc.segment_pool(torch.randn(0, 4), torch.zeros(1, dtype=torch.int32))
+    assert out.shape == (0, 4)
+
+
+def test_maximum_takes_the_first_of_equals_and_propagates_nan():
+    x = torch.tensor([[1.0, 5.0], [1.0, float("nan")], [0.0, 9.0]], requires_grad=True)
+    out = fastenc.segment_pool(x, testing.cu_seqlens_of((3,)), "max")
+    assert out[0, 0] == 1 and out[0, 1].isnan()
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sequence_does_not_see_its_neighbours(mode):
+    x = torch.randn(30, 7)
+    cu = testing.cu_seqlens_of((10, 10, 10))
+    before = fastenc.segment_pool(x, cu, mode)
+    x[:10], x[20:] = float("nan"), float("inf")
+    assert torch.equal(fastenc.segment_pool(x, cu, mode)[1], before[1])
+
+
+def _misuse():
+    x = torch.randn(5, 4)
+    int32 = {"dtype": torch.int32}
+    yield "decreasing", (x, torch.tensor([0, 4, 2, 5], **int32)), ValueError, "non-decreasing"
+    yield "wrong end", (x, torch.tensor([0, 4], **int32)), ValueError, "total_tokens = 5"
+    yield "wrong start", (x, torch.tensor([1, 5], **int32)), ValueError, "from 0"
+    yield "int64", (x, torch.tensor([0, 5])), TypeError, "int32"
+    yield "no entries", (x, torch.zeros(0, **int32)), ValueError, "num_seqs"
+    yield "not a tensor", (x, [0, 5]), TypeError, "list"
+    yield "one dimension", (x[0], torch.tensor([0, 5], **int32)), ValueError, "dimensions"
+    yield "mode", (x, torch.tensor([0, 5], **int32), "median"), ValueError, "median"
+
+
+@pytest.mark.parametrize(("name", "args", "error", "words"), _misuse(), ids=lambda v: str(v)[:20])
+def test_misuse(name, args, error, words):
+    with pytest.raises(error, match=words):
+        fastenc.segment_pool(*args)
