@@ -1,0 +1,30 @@
+"""Packed batches and what runs on them.
+
+``VarlenBatch`` holds packed tokens. Every fastenc model, and every transformers model that
+``fastenc.accelerate`` took over, has ``forward_packed(batch) -> (total_tokens, hidden)``;
+``packed_forward_of(module)`` finds it, also inside a model with a head, and is None where there is
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fastenc.nn.varlen_batch import VarlenBatch
+
+__all__ = ["VarlenBatch", "packed_forward_of"]
+
+
+def packed_forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    """``forward_packed`` of ``module`` or of the base model that it wraps, or None.
+
+    The callable takes a :class:`VarlenBatch` with ``input_ids`` (BERT also ``token_type_ids=``,
+    (total_tokens,)) and returns the last hidden states, (total_tokens, hidden).
+    """
+    for owner in (module, getattr(module, "base_model", None)):
+        packed = getattr(owner, "forward_packed", None)
+        if packed is not None:
+            return packed
+    return None
