@@ -24,9 +24,7 @@ def check_parity(case: testing.Case, dtype: torch.dtype, backend: str) -> None:
     """Outputs and gradients obey the parity rule, and the named backend is what ran."""
     public = getattr(fastenc, case.op)
     with fastenc.use_backend(backend), fastenc.record() as ran:
-        testing.check_case(
-            public, testing.reference_of(case.op), case, dtype, device_of(backend)
-        )
+        testing.check_case(public, testing.reference_of(case.op), case, dtype, device_of(backend))
     assert ran.calls[case.op] == {backend: ran.calls[case.op][backend]}
     assert ran.fallbacks == []
 
@@ -56,7 +54,7 @@ def check_repeatable(case: testing.Case, dtype: torch.dtype, threads: int) -> No
 
 
 def check_compiles(fn, make_args, sizes=(3, 7, 12, 33, 64)) -> None:
-    """``torch.compile(fullgraph=True)``: no break, at most two graphs over all sizes, same values."""
+    """``torch.compile(fullgraph=True)``: no break, two graphs at most over all sizes, same values."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()

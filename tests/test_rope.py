@@ -81,7 +81,12 @@ def _misuse():
     yield "tables differ", (x, cos, sin[1:], positions), ValueError, "shape of cos"
     yield "odd head_dim", (x[..., 1:], cos, sin, positions), ValueError, "even head_dim"
     yield "two dimensions", (x[:, 0], cos, sin, positions), ValueError, "dimensions"
-    yield "table wants a gradient", (x, cos.clone().requires_grad_(), sin, positions), ValueError, "grad"
+    yield (
+        "table wants a gradient",
+        (x, cos.clone().requires_grad_(), sin, positions),
+        ValueError,
+        "grad",
+    )
 
 
 @pytest.mark.parametrize(("name", "args", "error", "words"), _misuse(), ids=lambda v: str(v)[:20])

@@ -1,0 +1,67 @@
+# make demo   the main job on real text          make bench     figures and docs/benchmarks.md
+# make test   everything that must hold           make gates     every GPU configuration compiled
+# make lint   ruff and clang-format               make accuracy  training runs (minutes to hours)
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+SOURCES := $(shell find csrc -type f -name '*.[ch]*') setup.py pyproject.toml
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: all demo test lint format bench gates accuracy build clean
+all: build
+
+# torch==2.13.0 first: a bare "torch" may bring gigabytes of CUDA.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -U pip
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "torch==2.13.0"
+	$(PIP) install "setuptools>=77" wheel pybind11 ninja numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.built
+	$(PIP) install --no-build-isolation -e ".[demo,cli]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.built
+	$(PIP) install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PIP) install --no-build-isolation -e ".[bench]"
+	touch $@
+
+build: $(VENV)/.built
+
+demo: $(VENV)/.demo
+	$(PY) examples/demo.py
+
+test: $(VENV)/.test lint
+	$(PY) -m pytest tests --ignore=tests/interpreter --ignore=tests/gates
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	$(PY) -m pytest tests/gates -m "not slow"
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.test
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(VENV)/bin/clang-format -i
+
+bench: $(VENV)/.bench
+	$(PY) -m bench.run
+
+gates: $(VENV)/.test
+	$(PY) -m pytest tests/gates
+
+clean:
+	rm -rf build dist *.egg-info fastenc/_C*.so fastenc/_cuda*.so
