@@ -1,0 +1,139 @@
+"""Machine, versions, clocks: what every figure is stamped with, and how two things are compared.
+
+These machines are noisy: what is compared is interleaved round by round in one process, and the
+figure is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "triton", "gliner",
+    "setfit", "numpy",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> dict[str, object]:
+    """The machine of this run; ``name`` is the folder of its results."""
+    from fastenc import _C
+
+    threads = torch.get_num_threads()
+    return {
+        "name": f"cpu-{threads}x-{torch.backends.cpu.get_cpu_capability().lower()}",
+        "cpu": cpu_name(),
+        "threads": threads,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "fastenc_isa": _C.cpu_isa(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def stamp() -> dict[str, object]:
+    return {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Written to a temporary name and renamed: an interrupted run loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def seconds(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], rounds: int = 5, least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round: every round runs all, so that noise hits all alike.
+
+    ``least``: seconds that one sample takes at least; quick runs are repeated to fill it.
+    """
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        once = seconds(run)
+        repeats[name] = max(1, int(least / once)) if once else 1
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    gc.collect()
+    for _ in range(rounds):
+        for name in order:
+            count = repeats[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                runs[name]()
+            samples[name].append((time.perf_counter() - start) / count)
+        order.reverse()
+    return samples
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples)
+
+
+def sgemm_rate(rounds: int = 5) -> float:
+    """FLOP/s of torch's fp32 linear at ModernBERT-base's Wi shape, 2048 tokens."""
+    x, w = torch.randn(2048, 768), torch.randn(2304, 768)
+    times = interleaved({"linear": lambda: torch.nn.functional.linear(x, w)}, rounds, 0.05)
+    return 2 * 2048 * 768 * 2304 / median(times["linear"])
+
+
+def copy_bandwidth(rounds: int = 5) -> float:
+    """Bytes/s read plus written by a large copy."""
+    x = torch.randn(2**25)
+    y = torch.empty_like(x)
+    times = interleaved({"copy": lambda: y.copy_(x)}, rounds, 0.05)
+    return 2 * x.numel() * 4 / median(times["copy"])
