@@ -54,7 +54,7 @@ def check_repeatable(case: testing.Case, dtype: torch.dtype, threads: int) -> No
 
 
 def check_compiles(fn, make_args, sizes=(3, 7, 12, 33, 64)) -> None:
-    """``torch.compile(fullgraph=True)``: no break, two graphs at most over all sizes, same values."""
+    """``torch.compile(fullgraph=True)``: no break, at most two graphs over all sizes, equal."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import subprocess
 import sys
 
@@ -131,8 +132,6 @@ def test_compiled_code_records_too_and_follows_the_backend():
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_every_instruction_set(isa):
     """The kernels' parity tests under each instruction set that this machine has."""
-    import os
-
     from fastenc import _C
 
     if _C.cpu_isa() == isa:
@@ -143,7 +142,7 @@ def test_every_instruction_set(isa):
     if found.returncode:
         assert "possible values" in found.stderr
         pytest.skip(f"this machine has no {isa}")
-    tests = [f"tests/test_{op}.py" for op in OPS]
+    tests = [t for t in (f"tests/test_{op}.py" for op in OPS) if os.path.exists(t)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *tests, "-k", "test_parity and cpu"],
         env=env,
