@@ -10,7 +10,12 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define FASTENC_X86 1
 #include <cpuid.h>
+// gcc's own AVX-512 header warns about its undefined vectors (gcc bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #else
 #define FASTENC_X86 0
 #endif
