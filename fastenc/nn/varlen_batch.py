@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastenc.ops import _checks
+from fastenc.ops.segment_pool import segment_pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class VarlenBatch:
 
     @property
     def columns(self) -> Tensor:
-        """(T,) int64: each token's column in the padded tensor; its position where there is none."""
+        """(T,) int64: each token's column in the padded tensor, else its position."""
         if self.padded_shape is None:
             return self.positions
         if self.indices is not None:
@@ -155,15 +156,13 @@ class VarlenBatch:
 
     @property
     def positions(self) -> Tensor:
-        """(T,) int64: each token's place within its sequence, from 0; a hole in the mask is kept."""
+        """(T,) int64: each token's place within its sequence, from 0; holes are kept."""
         starts = self.cu_seqlens[:-1].long()
         token = torch.arange(self.total_tokens, device=self.device)
         if self.gaps:
             token = self.columns
             starts = token[starts.clamp(max=self.total_tokens - 1)]
-        return token - starts.repeat_interleave(
-            self.lengths.long(), output_size=self.total_tokens
-        )
+        return token - starts.repeat_interleave(self.lengths.long(), output_size=self.total_tokens)
 
     # ---- there and back ----------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class VarlenBatch:
         return flat if places is None else flat.index_select(0, places)
 
     def pad(self, packed: Tensor, value: float = 0.0) -> Tensor:
-        """(T, ...) -> (rows, columns, ...), ``value`` in the padding; differentiable, deterministic.
+        """(T, ...) -> (rows, columns, ...), ``value`` in the padding; differentiable.
 
         Batches from lists or ``cu_seqlens`` are padded on the right to ``max_seqlen``.
         """
@@ -189,6 +188,15 @@ class VarlenBatch:
             return packed.unflatten(0, shape)
         flat = packed.new_full((shape[0] * shape[1], *packed.shape[1:]), value)
         return flat.index_copy(0, places, packed).unflatten(0, shape)
+
+    def first(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (rows, ...): the first real token of each row, zeros for a row without one.
+
+        A row of the padded tensor, where there is one, else a sequence.
+        """
+        if self.padded_shape is not None and self.indices is None and self.padded_shape[1] > 0:
+            return packed.unflatten(0, self.padded_shape)[:, 0]
+        return segment_pool(packed, self.cu_seqlens, "cls")
 
     def to(self, device: torch.device | str) -> VarlenBatch:
         """The batch on ``device``; the copy does not block the host."""
@@ -205,7 +213,7 @@ class VarlenBatch:
         return self.padded_shape or (self.num_seqs, self.max_seqlen)
 
     def _places(self) -> Tensor | None:
-        """(T,) int64: each token's place in the flattened padded tensor; None: they are the same."""
+        """(T,) int64: each token's place in the flattened padded tensor; None: the same."""
         if self.padded_shape is not None:
             return self.indices
         row = torch.arange(self.num_seqs, device=self.device) * self.max_seqlen
@@ -253,7 +261,7 @@ def _from_mask(cls, attention_mask: Tensor, shape: tuple[int, int]) -> VarlenBat
 
 
 def _from_restarts(cls, position_ids: Tensor, shape: tuple[int, int]) -> VarlenBatch:
-    """No padding, but several sequences in a row: (total, cu_seqlens) from where positions fall."""
+    """No padding, but perhaps several sequences in a row: split where positions do not grow."""
     rows, columns = shape
     _checks.tensor("position_ids", position_ids, 2)
     if position_ids.shape[1] != columns or position_ids.shape[0] not in (1, rows):
@@ -266,9 +274,11 @@ def _from_restarts(cls, position_ids: Tensor, shape: tuple[int, int]) -> VarlenB
     starts = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
     starts[:, 1:] = position_ids.diff(dim=1) <= 0
     starts = starts.flatten()
-    count = int(starts.sum())
+    token = torch.arange(rows * columns, device=starts.device)
+    longest = (token - torch.where(starts, token, 0).cummax(0).values).amax() + 1
+    count, longest = torch.stack([starts.sum(), longest]).tolist()
     if count == rows:
         return dense
     edges = torch.nonzero_static(starts, size=count).squeeze(1)
     edges = torch.nn.functional.pad(edges, (0, 1), value=rows * columns).int()
-    return replace(dense, cu_seqlens=edges)
+    return replace(dense, cu_seqlens=edges, max_seqlen=longest)

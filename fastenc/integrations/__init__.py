@@ -1,0 +1,62 @@
+"""``accelerate`` and ``restore``: take over live objects of other libraries, in place.
+
+A handler is a module with ``accelerate(obj)`` and ``restore(obj)``; it is found by the package that
+``type(obj)`` or one of its bases comes from, and imported only then. A plain ``torch.nn.Module`` is
+searched for transformers models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+_HANDLERS = {
+    "transformers": "fastenc.integrations.transformers",
+}
+
+
+def accelerate(obj: T) -> T:
+    """Speed up a live object of another library, in place; the numbers stay the same.
+
+    Parameter names, ``state_dict``, pickling and copying stay as they are; doing it twice does
+    nothing more; :func:`restore` undoes it. Where an input needs something that the packed path
+    does not do (attentions returned, hooks on inner layers), the object's own code runs, with one
+    logged reason (``fastenc.record().fallbacks``).
+
+    Args:
+        obj: a transformers model, or any module that contains one.
+
+    Returns:
+        ``obj`` itself.
+
+    Raises:
+        TypeError: nothing in ``obj`` is known; the message lists what is.
+    """
+    return _handler(obj).accelerate(obj)
+
+
+def restore(obj: T) -> T:
+    """Undo :func:`accelerate`; an object that was not accelerated is left alone.
+
+    Returns:
+        ``obj`` itself.
+    """
+    return _handler(obj).restore(obj)
+
+
+def _handler(obj: object) -> ModuleType:
+    for cls in type(obj).__mro__:
+        name = _HANDLERS.get(cls.__module__.partition(".")[0])
+        if name is not None:
+            return importlib.import_module(name)
+    if isinstance(obj, nn.Module):
+        return importlib.import_module(_HANDLERS["transformers"])
+    raise TypeError(
+        f"accelerate: expected a torch.nn.Module or an object of {', '.join(sorted(_HANDLERS))}, "
+        f"got {type(obj).__module__}.{type(obj).__qualname__}"
+    )

@@ -1,0 +1,286 @@
+"""What fastenc's base models share: the door in and out of the packed path, and its way around.
+
+A model class is ``class ModernBertModel(PackedModel, transformers' class)``: transformers builds,
+loads and saves it; ``forward`` unpads once, runs one packed function through every layer and pads
+once. Where that would not do exactly what was asked (attentions returned, hooks on inner layers)
+transformers' own forward runs instead, with one logged reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import modeling_utils
+from transformers.modeling_outputs import BaseModelOutput
+
+from fastenc.models._loading import StrictLoading
+from fastenc.models._obstacles import Slots, obstacle
+from fastenc.nn import VarlenBatch
+from fastenc.ops import _checks
+from fastenc.ops._registry import note_fallback
+
+_IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_length_k"})
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The keyword arguments of transformers' forwards that the packed path understands.
+
+    ``first_token_only``: fastenc's own, set by heads that read the first token: the returned
+    last_hidden_state is (rows, 1, hidden), each row's first real token wherever its padding is.
+    """
+
+    return_dict: bool
+    output_hidden_states: bool
+    output_attentions: bool
+    first_token_only: bool
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    unknown: dict[str, Any]
+
+    @classmethod
+    def read(cls, config, given: dict[str, Any]) -> CallOptions:
+        given = dict(given)
+
+        def flag(name: str) -> bool:
+            return bool(given.pop(name, getattr(config, name, False)))
+
+        return cls(
+            return_dict=given.pop("return_dict", getattr(config, "return_dict", True)) is not False,
+            output_hidden_states=flag("output_hidden_states"),
+            output_attentions=flag("output_attentions"),
+            first_token_only=given.pop("first_token_only", False),
+            cu_seqlens=given.pop("cu_seq_lens_q", None),
+            max_seqlen=given.pop("max_length_q", None),
+            unknown={k: v for k, v in given.items() if v is not None and k not in _IGNORED},
+        )
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """What a packed function reads: tensors of ``batch.total_tokens`` rows.
+
+    ``position_ids``: (T,) where the caller gave them, else None. ``inputs_embeds``: (T, hidden)
+    where given in place of ``batch.input_ids``. ``token_type_ids``: (T,) or None.
+    """
+
+    batch: VarlenBatch
+    position_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    token_type_ids: Tensor | None = None
+
+
+class PackedModel(StrictLoading):
+    """Mixin in front of a transformers base model.
+
+    A subclass names the layers that its packed function replaces (``_slots``) and implements
+    :meth:`_encode`.
+    """
+
+    _slots: ClassVar[Slots]
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers looks recordable outputs up by class, and fills the table on construction;
+        # accelerate changes an object's class without constructing one
+        registry = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
+        registry[str(cls)] = getattr(cls, "_can_record_outputs", None)
+
+    def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
+        """(T, hidden): the last hidden state. Appends to ``states`` what precedes each layer."""
+        raise NotImplementedError
+
+    def forward_packed(
+        self,
+        batch: VarlenBatch,
+        *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Packed tokens in, packed hidden states out: no padding anywhere.
+
+        Args:
+            batch: with ``input_ids``, unless ``inputs_embeds`` (T, hidden) are given.
+            token_type_ids, position_ids: (T,) or None.
+
+        Returns:
+            (T, hidden), the last hidden state.
+        """
+        if (batch.input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of batch.input_ids and inputs_embeds")
+        reason = obstacle(self, self._slots) or self._config_obstacle()
+        if reason is not None:
+            padded = {
+                "input_ids": batch.input_ids,
+                "attention_mask": torch.ones(batch.total_tokens, device=batch.device).bool(),
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+            }
+            padded = {name: batch.pad(x) for name, x in padded.items() if x is not None}
+            return batch.pack(self(**padded).last_hidden_state)
+        self._check_ids(batch.input_ids)
+        return self._encode(PackedInputs(batch, position_ids, inputs_embeds, token_type_ids), None)
+
+    def _implied_positions(self, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """(rows or 1, columns): positions that transformers reads off the padded input, or None."""
+        return None
+
+    # ---- the padded door ---------------------------------------------------------------------
+
+    def _run(self, options: CallOptions, **tensors: Tensor | None):
+        """transformers' forward on padded ``tensors``, on the packed path where that is exact."""
+        shape = _padded_shape(**tensors)
+        reason = self._why_not_packed(options, tensors["attention_mask"])
+        if reason is not None:
+            return self._fall_back(reason, options, tensors)
+        inputs = self._enter(options, shape, **tensors)
+        states: list[Tensor] | None = [] if options.output_hidden_states else None
+        hidden = self._encode(inputs, states)
+        batch = inputs.batch
+        output = self._output(batch, hidden)
+        if states is not None:
+            output.hidden_states = (*map(batch.pad, states), output.last_hidden_state)
+        if options.first_token_only:
+            output.last_hidden_state = batch.first(hidden).unsqueeze(1)
+        return output if options.return_dict else output.to_tuple()
+
+    def _output(self, batch: VarlenBatch, hidden: Tensor):
+        """transformers' output object of the packed last hidden state (T, hidden)."""
+        return BaseModelOutput(last_hidden_state=batch.pad(hidden))
+
+    def _enter(
+        self,
+        options: CallOptions,
+        shape: tuple[int, int],
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        token_type_ids: Tensor | None = None,
+    ) -> PackedInputs:
+        device = (input_ids if input_ids is not None else inputs_embeds).device
+        split_by = position_ids if options.cu_seqlens is None else None
+        batch = VarlenBatch.from_padded(
+            None, attention_mask, position_ids=split_by, shape=shape, device=device
+        )
+        if options.cu_seqlens is not None:
+            batch = replace(
+                batch,
+                cu_seqlens=options.cu_seqlens.to(device, torch.int32),
+                max_seqlen=int(options.max_seqlen or shape[1]),
+            )
+        if position_ids is None:
+            position_ids = self._implied_positions(input_ids, shape)
+        pack = _packer(batch, shape)
+        if input_ids is not None:
+            batch = replace(batch, input_ids=pack(input_ids))
+            self._check_ids(batch.input_ids)
+        return PackedInputs(batch, pack(position_ids), pack(inputs_embeds), pack(token_type_ids))
+
+    def _check_ids(self, ids: Tensor | None) -> None:
+        """Token ids that no embedding row serves, said before the embedding op crashes on them."""
+        size = getattr(self.get_input_embeddings(), "num_embeddings", None)
+        if ids is None or size is None or ids.numel() == 0 or not _checks.readable(ids):
+            return
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= size:
+            bad = low if low < 0 else high
+            raise ValueError(f"input_ids: expected ids below the vocabulary size {size}, got {bad}")
+
+    # ---- the way around ----------------------------------------------------------------------
+
+    def _config_obstacle(self) -> str | None:
+        """What in the config the packed path does not do."""
+        return "is_causal" if getattr(self.config, "is_causal", False) else None
+
+    def _why_not_packed(self, options: CallOptions, attention_mask: object) -> str | None:
+        if options.output_attentions:
+            return "output_attentions"
+        if options.unknown:
+            return f"unknown arguments ({', '.join(sorted(options.unknown))})"
+        if attention_mask is not None and not _is_padding_mask(attention_mask):
+            return "an attention_mask that is no (rows, columns) tensor"
+        return self._config_obstacle() or obstacle(self, self._slots)
+
+    def _fall_back(self, reason: str, options: CallOptions, tensors: dict[str, Tensor | None]):
+        """transformers' own forward. It would let packed sequences see each other: refused."""
+        restarts = tensors["attention_mask"] is None and _restarts(tensors["position_ids"])
+        if restarts or options.cu_seqlens is not None:
+            raise ValueError(
+                f"packed sequences cannot run in transformers' own forward, which is needed here: "
+                f"{reason}"
+            )
+        note_fallback(f"{type(self).__name__}: {reason}")
+        output = super().forward(
+            **{name: x for name, x in tensors.items() if x is not None},
+            **options.unknown,
+            output_hidden_states=options.output_hidden_states,
+            output_attentions=options.output_attentions,
+            return_dict=True,
+        )
+        first = _first_real(output.last_hidden_state, tensors["attention_mask"])
+        self._see_first(output, first)
+        if options.first_token_only:
+            output.last_hidden_state = first
+        return output if options.return_dict else output.to_tuple()
+
+    def _see_first(self, output, first: Tensor) -> None:
+        """Redo what transformers computed from column 0 with ``first`` (rows, 1, hidden)."""
+
+
+def checkpointed(layer: nn.Module) -> bool:
+    """Whether transformers' gradient checkpointing is on for ``layer``."""
+    return getattr(layer, "gradient_checkpointing", False) and layer.training
+
+
+def _first_real(hidden: Tensor, mask: object) -> Tensor:
+    """(rows, columns, hidden) -> (rows, 1, hidden): the first real token of each row."""
+    if not _is_padding_mask(mask):
+        return hidden[:, :1]
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[rows, (mask != 0).byte().argmax(1).to(hidden.device)].unsqueeze(1)
+
+
+def _is_padding_mask(mask: object) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def _restarts(position_ids: Tensor | None) -> bool:
+    return position_ids is not None and bool((position_ids.diff(dim=-1) <= 0).any())
+
+
+def _packer(batch: VarlenBatch, shape: tuple[int, int]):
+    def pack(x: Tensor | None) -> Tensor | None:
+        return None if x is None else batch.pack(x.expand(*shape, *x.shape[2:]))
+
+    return pack
+
+
+def _padded_shape(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, **others: Tensor | None
+) -> tuple[int, int]:
+    """(rows, columns), after every tensor was found to have them."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if input_ids is not None:
+        _checks.tensor("input_ids", input_ids, 2)
+        if input_ids.is_floating_point():
+            raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
+        shape = tuple(input_ids.shape)
+    else:
+        _checks.floating("inputs_embeds", inputs_embeds, 3)
+        shape = tuple(inputs_embeds.shape[:2])
+    for name, x in others.items():
+        if not _is_padding_mask(x):
+            continue
+        rows = (1, shape[0]) if name != "attention_mask" else (shape[0],)
+        if x.shape[0] not in rows or x.shape[1] != shape[1]:
+            raise ValueError(
+                f"{name}: expected the shape {shape} of the input, got {tuple(x.shape)}"
+            )
+    return shape

@@ -1,0 +1,195 @@
+"""BERT, packed: one function over the module tree of transformers' BertModel and RobertaModel.
+
+Post-norm layers; the residual sum and its norm are one op:
+
+    x = LayerNorm(output(varlen_attention(query(x), key(x), value(x))) + x)
+    x = LayerNorm(output(act(intermediate(x))) + x)
+
+Devlin et al. 2018, arXiv:1810.04805; RoBERTa: arXiv:1907.11692; XLM-R: arXiv:1911.02116. Absolute
+positions are transformers': the column of the padded input (BERT), counted from token ids
+(RoBERTa), or from 0 in each sequence of a batch that never was padded.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+
+from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
+from fastenc.nn import VarlenBatch
+from fastenc.ops import _checks, add_layer_norm, varlen_attention
+
+
+def bert_packed(
+    module: nn.Module, inputs: PackedInputs, states: list[Tensor] | None = None
+) -> Tensor:
+    """The last hidden state of packed tokens.
+
+    Args:
+        module: transformers' BertModel, RobertaModel, XLMRobertaModel, or anything with their
+            submodules.
+        inputs: the packed batch.
+        states: a list that receives the input of every layer, (T, hidden) each.
+
+    Returns:
+        (T, hidden).
+    """
+    batch = inputs.batch
+    x = _embed(module.embeddings, inputs)
+    for layer in module.encoder.layer:
+        if states is not None:
+            states.append(x)
+        if checkpointed(layer):
+            x = layer._gradient_checkpointing_func(_bound(layer, batch), x)
+        else:
+            x = _layer(layer, x, batch)
+    return x
+
+
+def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
+    """(T, hidden) -> (T, hidden)."""
+    attn = layer.attention.self
+    heads = (attn.num_attention_heads, attn.attention_head_size)
+    q, k, v = (project(x).unflatten(-1, heads) for project in (attn.query, attn.key, attn.value))
+    dropout_p = attn.dropout.p if attn.training else 0.0
+    mixed = varlen_attention(
+        q, k, v, batch.cu_seqlens, batch.max_seqlen, scale=attn.scaling, dropout_p=dropout_p
+    )
+    x = _add_norm(layer.attention.output, mixed.flatten(1), x)
+    return _add_norm(layer.output, layer.intermediate(x), x)
+
+
+def _bound(layer: nn.Module, batch: VarlenBatch):
+    return lambda x: _layer(layer, x, batch)
+
+
+def _add_norm(output: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``LayerNorm(dropout(dense(x)) + residual)`` with the modules of ``output``."""
+    norm = output.LayerNorm
+    branch = output.dropout(output.dense(x))
+    return add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)[0]
+
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+
+def _embed(embeddings: nn.Module, inputs: PackedInputs) -> Tensor:
+    """(T, hidden): words + token types + positions, normed."""
+    positions = inputs.position_ids
+    if positions is None:
+        positions = _default_positions(embeddings, inputs.batch)
+    _check_positions(embeddings, positions)
+
+    def as_row(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unsqueeze(0)
+
+    return embeddings(
+        input_ids=as_row(inputs.batch.input_ids),
+        token_type_ids=as_row(inputs.token_type_ids),
+        position_ids=as_row(positions),
+        inputs_embeds=as_row(inputs.inputs_embeds),
+    ).squeeze(0)
+
+
+def _default_positions(embeddings: nn.Module, batch: VarlenBatch) -> Tensor:
+    """(T,) int64. RoBERTa counts from padding_idx + 1 and leaves padding tokens out."""
+    padding_idx = getattr(embeddings, "padding_idx", None)
+    if padding_idx is None:
+        return batch.columns
+    if batch.input_ids is None:
+        return batch.positions + padding_idx + 1
+    counted = (batch.input_ids != padding_idx).long()
+    before = counted.cumsum(0) - counted
+    starts = before.new_zeros(batch.num_seqs)
+    if batch.total_tokens > 0:
+        starts = before[batch.cu_seqlens[:-1].clamp(max=batch.total_tokens - 1)]
+    starts = starts.repeat_interleave(batch.lengths, output_size=batch.total_tokens)
+    return (before + 1 - starts) * counted + padding_idx
+
+
+def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
+    limit = getattr(embeddings.position_embeddings, "num_embeddings", None)
+    if limit is None or positions.numel() == 0 or not _checks.readable(positions):
+        return
+    highest = int(positions.amax())
+    if highest >= limit:
+        raise ValueError(
+            f"the input is too long: position {highest}, but the model has position embeddings for "
+            f"0 to {limit - 1} (max_position_embeddings)"
+        )
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def bert_slots(modeling, name: str) -> dict[str, tuple[type, ...]]:
+    """The layers that ``bert_packed`` replaces, in a ``modeling`` file of transformers."""
+
+    def classes(*suffixes: str) -> tuple[type, ...]:
+        return tuple(getattr(modeling, name + suffix) for suffix in suffixes)
+
+    return {
+        "[]": classes("Layer"),
+        "embeddings": classes("Embeddings"),
+        "encoder": classes("Encoder"),
+        "attention": classes("Attention"),
+        "self": classes("SelfAttention"),
+        "output": classes("SelfOutput", "Output"),
+        "intermediate": classes("Intermediate"),
+        "LayerNorm": (nn.LayerNorm,),
+    }
+
+
+class PackedBert(PackedModel):
+    """``bert_packed`` in front of a transformers base model of the BERT family.
+
+    The pooler reads the first real token of each row, also under left padding, where transformers
+    reads a padding row.
+    """
+
+    def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
+        return bert_packed(self, inputs, states)
+
+    def _output(self, batch: VarlenBatch, hidden: Tensor):
+        pooled = None if self.pooler is None else self.pooler(batch.first(hidden).unsqueeze(1))
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=batch.pad(hidden), pooler_output=pooled
+        )
+
+    def _see_first(self, output, first: Tensor) -> None:
+        if self.pooler is not None:
+            output.pooler_output = self.pooler(first)
+
+    def _config_obstacle(self) -> str | None:
+        if self.config.is_decoder or self.config.add_cross_attention:
+            return "a decoder configuration"
+        return super()._config_obstacle()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ):
+        """As transformers' forward; ``attention_mask`` (rows, columns): nonzero is a real token."""
+        return self._run(
+            CallOptions.read(self.config, kwargs),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
+
+
+class BertModel(PackedBert, hf.BertModel):
+    """transformers' BertModel: its config, parameters and outputs, padding-free inside.
+
+    Positions of padding in ``last_hidden_state`` and ``hidden_states`` are zeros.
+    """
+
+    _slots = bert_slots(hf, "Bert")
