@@ -1,0 +1,253 @@
+"""ModernBERT end to end on the CPU: all peers interleaved in one run, beside each row's floor.
+
+The floor, measured in the same run: the linear layers alone at the number of real tokens, plus the
+attention's FLOPs (query-key pairs inside the windows, edges counted exactly) at the rate of torch's
+linear. Outputs are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench import measure, peers
+from fastenc.testing import max_error, useful_pairs
+
+RAGGED = (16, 48, 80, 112, 144, 176, 208, 240, 272, 304, 336, 368, 400, 432, 464, 500)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    lengths: tuple[int, ...]
+    rounds: int = 5
+
+
+ROWS = (
+    Row("8x128", (128,) * 8),
+    Row("4x512", (512,) * 4),
+    Row("16 ragged 16-500", RAGGED, 3),
+    Row("1x2048", (2048,), 3),
+    Row("1x8192", (8192,), 1),
+)
+TOY_ROWS = (Row("2x16", (16, 16), 2), Row("3 ragged", (3, 40, 17), 2))
+# Attention scores of (batch, heads, L, L) in fp32, several copies: skipped past this many bytes.
+EAGER_LIMIT = 6e9
+
+
+def modernbert_base(layers: int = 22, vocab_size: int = 50368):
+    """A transformers ModernBERT-base with random weights."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    torch.manual_seed(0)
+    config = ModernBertConfig(num_hidden_layers=layers, vocab_size=vocab_size)
+    return ModernBertModel(config).eval()
+
+
+def padded_batch(lengths: tuple[int, ...], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, vocab_size, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.zeros_like(ids)
+    for i, n in enumerate(lengths):
+        mask[i, :n] = 1
+    return ids, mask
+
+
+def linear_layers(model: torch.nn.Module, tokens: int):
+    """A call that runs every linear layer of the backbone once on ``tokens`` rows."""
+    weights = [m.weight for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]) for w in weights}
+    return lambda: [F.linear(inputs[w.shape[1]], w) for w in weights]
+
+
+def attention_flops(config, lengths: tuple[int, ...]) -> int:
+    head_dim = config.hidden_size // config.num_attention_heads
+    half = config.local_attention // 2
+    total = 0
+    for kind in config.layer_types:
+        window = (half, half) if kind == "sliding_attention" else (-1, -1)
+        total += 4 * useful_pairs(lengths, window) * config.num_attention_heads * head_dim
+    return total
+
+
+def breakdown(run) -> dict[str, float]:
+    """Seconds of one call by part, from torch's profiler (self CPU time)."""
+    parts = {"linear": 0.0, "attention": 0.0, "elementwise": 0.0, "other": 0.0}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    for event in profile.key_averages():
+        name, spent = event.key, event.self_cpu_time_total / 1e6
+        if name in ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"):
+            parts["linear"] += spent
+        elif "attention" in name:
+            parts["attention"] += spent
+        elif name.startswith("fastenc"):
+            parts["elementwise"] += spent
+        else:
+            parts["other"] += spent
+    return parts
+
+
+def build_peers(model, folder: Path, names) -> tuple[dict[str, peers.Runner], dict[str, str]]:
+    runners, failures = {}, {}
+    for name in names:
+        try:
+            runners[name] = peers.PEERS[name](model, folder)
+        except ImportError:
+            raise
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return runners, failures
+
+
+def checked(runners, ids, mask, exact) -> tuple[dict, dict[str, str], dict[str, float]]:
+    """The runners whose output agrees with ``exact`` on real tokens; failures; largest errors."""
+    good, failures, errors = {}, {}, {}
+    for name, run in runners.items():
+        try:
+            error = max_error(run(ids, mask)[mask.bool()], exact[mask.bool()])
+        except Exception as failure:
+            failures[name] = f"{type(failure).__name__}: {str(failure)[:200]}"
+            continue
+        errors[name] = error
+        if error < 1e-3:
+            good[name] = run
+        else:
+            failures[name] = f"output differs by {error:.2e}"
+    return good, failures, errors
+
+
+def run_row(model, runners, row: Row) -> dict[str, object]:
+    """Times, ratios, fraction of the floor and the breakdown of one row."""
+    ids, mask = padded_batch(row.lengths, model.config.vocab_size)
+    tokens = sum(row.lengths)
+    longest = max(row.lengths)
+    scores = len(row.lengths) * model.config.num_attention_heads * longest**2 * 4
+    candidates = {
+        name: run
+        for name, run in runners.items()
+        if name != "transformers eager" or scores < EAGER_LIMIT
+    }
+    exact = candidates["transformers sdpa"](ids, mask)
+    good, failures, errors = checked(candidates, ids, mask, exact)
+    for name in runners.keys() - candidates.keys():
+        failures[name] = f"not run: its scores alone take {scores / 1e9:.0f} GB"
+    calls = {name: lambda run=run: run(ids, mask) for name, run in good.items()}
+    calls["linear layers"] = linear_layers(model, tokens)
+    times = measure.interleaved(calls, row.rounds)
+    linear = measure.median(times.pop("linear layers"))
+    rate = measure.sgemm_rate()
+    floor = linear + attention_flops(model.config, row.lengths) / rate
+    medians = {name: measure.median(samples) for name, samples in times.items()}
+    rivals = {n: t for n, t in medians.items() if not n.startswith("fastenc")}
+    best = min(rivals, key=rivals.get)
+    return {
+        "name": row.name,
+        "tokens": tokens,
+        "rounds": row.rounds,
+        "seconds": medians,
+        "tokens_per_second": {name: tokens / t for name, t in medians.items()},
+        "failures": failures,
+        "errors": errors,
+        "linear_seconds": linear,
+        "sgemm_gflops": rate / 1e9,
+        "floor_seconds": floor,
+        "fraction_of_floor": floor / medians["fastenc"],
+        "best_peer": best,
+        "ahead_of_best_peer": rivals[best] / medians["fastenc"],
+        "ahead_of_sdpa": medians["transformers sdpa"] / medians["fastenc"],
+        "breakdown": breakdown(calls["fastenc"]),
+    }
+
+
+def train_step(model, folder: Path, lengths, rounds: int = 3) -> dict[str, object]:
+    """Forward and backward of a ragged batch, fastenc beside transformers sdpa."""
+    import fastenc
+
+    ids, mask = padded_batch(lengths, model.config.vocab_size)
+    ours = fastenc.ModernBertModel.from_pretrained(folder).train()
+    theirs = type(model).from_pretrained(folder, attn_implementation="sdpa").train()
+
+    def step(m):
+        m.zero_grad(set_to_none=True)
+        out = m(input_ids=ids, attention_mask=mask).last_hidden_state
+        (out[mask.bool()] ** 2).mean().backward()
+
+    times = measure.interleaved(
+        {"fastenc": lambda: step(ours), "transformers sdpa": lambda: step(theirs)}, rounds
+    )
+    medians = {name: measure.median(samples) for name, samples in times.items()}
+    return {
+        "lengths": list(lengths),
+        "seconds": medians,
+        "ahead_of_sdpa": medians["transformers sdpa"] / medians["fastenc"],
+    }
+
+
+_PEAK = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+from bench import models, peers
+from transformers import ModernBertModel
+folder = {folder!r}
+model = ModernBertModel.from_pretrained(folder)
+run = peers.PEERS[{peer!r}](model, folder)
+del model
+ids, mask = models.padded_batch({lengths!r}, {vocab})
+with torch.inference_mode():
+    run(ids[:, :8], mask[:, :8])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(ids, mask)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(after - before)
+"""
+
+
+def peak_memory(folder: Path, lengths, vocab_size: int) -> dict[str, float]:
+    """MiB that one forward needs above the loaded model, each peer in a process of its own."""
+    found = {}
+    for peer in ("fastenc", "transformers sdpa"):
+        code = _PEAK.format(
+            root=str(Path(__file__).parent.parent), folder=str(folder), peer=peer,
+            lengths=tuple(lengths), vocab=vocab_size,
+        )  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"peak memory of {peer}: {done.stderr[-500:]}")
+        found[peer] = int(done.stdout.split()[-1]) / 1024
+    return found
+
+
+def run(rows=ROWS, layers: int = 22, vocab_size: int = 50368, progress=print) -> dict[str, object]:
+    """The whole suite; a missing peer package raises, a peer that fails is reported."""
+    for package in peers.REQUIRED_PACKAGES:
+        __import__(package)
+    model = modernbert_base(layers, vocab_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder)
+        with torch.inference_mode():
+            runners, failures = build_peers(model, folder, peers.PEERS)
+            results = []
+            for row in rows:
+                progress(f"ModernBERT-base {row.name}: {', '.join(runners)}")
+                results.append(run_row(model, runners, row))
+        del runners
+        ragged = rows[min(2, len(rows) - 1)].lengths
+        progress("training step")
+        training = train_step(model, folder, ragged)
+        progress("peak memory")
+        memory = peak_memory(folder, rows[-1].lengths, vocab_size)
+    return {
+        "layers": layers,
+        "rows": results,
+        "not_built": failures,
+        "training": training,
+        "peak_memory_mib": memory,
+    }
