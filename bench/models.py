@@ -46,7 +46,8 @@ def modernbert_base(layers: int = 22, vocab_size: int = 50368):
     from transformers import ModernBertConfig, ModernBertModel
 
     torch.manual_seed(0)
-    config = ModernBertConfig(num_hidden_layers=layers, vocab_size=vocab_size)
+    special = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+    config = ModernBertConfig(num_hidden_layers=layers, vocab_size=vocab_size, **special)
     return ModernBertModel(config).eval()
 
 

@@ -18,6 +18,7 @@ from bench import measure, models, report
 
 OPS = (
     "geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention", "rope_varlen_attention",
+    "linear",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 ``VarlenBatch`` holds packed tokens. Every fastenc model, and every transformers model that
 ``fastenc.accelerate`` took over, has ``forward_packed(batch) -> (total_tokens, hidden)``;
 ``packed_forward_of(module)`` finds it, also inside a model with a head, and is None where there is
-none.
+none. ``prepack(module)`` keeps the weights of linear layers in the layout of the CPU's matrix product.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastenc.nn.linear import PrepackedLinear, prepack, unpack
 from fastenc.nn.varlen_batch import VarlenBatch
 
-__all__ = ["VarlenBatch", "packed_forward_of"]
+__all__ = ["PrepackedLinear", "VarlenBatch", "packed_forward_of", "prepack", "unpack"]
 
 
 def packed_forward_of(module: nn.Module) -> Callable[..., Tensor] | None:

@@ -1,0 +1,91 @@
+"""Prepacked linear layers: the numbers of nn.Linear, and a packed copy that follows its weight."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastenc import testing
+from fastenc.nn import linear
+
+
+def make(inputs=40, outputs=24, bias=True, dtype=torch.float32):
+    return linear.prepack(nn.Sequential(nn.Linear(inputs, outputs, bias=bias, dtype=dtype)))
+
+
+def assert_matches(module, x):
+    layer = module[0]
+    with torch.no_grad():
+        y = module(x)
+        plain = nn.functional.linear(x, layer.weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias.double()
+        exact = nn.functional.linear(x.double(), layer.weight.double(), bias)
+    testing.assert_parity("out", y, plain, exact)
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (130,), (2, 5), (3, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity(rows, bias, dtype):
+    assert_matches(make(bias=bias, dtype=dtype), torch.randn(*rows, 40, dtype=dtype))
+
+
+def packed_of(module):
+    return linear._packed.get(module[0])
+
+
+def test_it_is_packed_only_without_gradients():
+    module, x = make(), torch.randn(3, 40)
+    module(x).sum().backward()
+    assert module[0].weight.grad is not None and packed_of(module) is None
+    with torch.inference_mode():
+        module(x)
+    assert packed_of(module)[1].is_mkldnn
+
+
+def test_the_packed_copy_follows_the_weight():
+    module, x = make(), torch.randn(3, 40)
+    assert_matches(module, x)
+    with torch.no_grad():
+        module[0].weight.mul_(2)
+    assert_matches(module, x)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    module(x).sum().backward()
+    optimizer.step()
+    assert_matches(module, x)
+    module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
+    assert_matches(module, x)
+    module.bfloat16()
+    assert_matches(module, x.bfloat16())
+
+
+def test_names_copies_and_the_way_back():
+    module, x = make(), torch.randn(3, 40)
+    assert_matches(module, x)
+    assert list(module.state_dict()) == ["0.weight", "0.bias"]
+    assert_matches(copy.deepcopy(module), x)
+    assert_matches(pickle.loads(pickle.dumps(module)), x)
+    linear.unpack(module)
+    assert type(module[0]) is nn.Linear and packed_of(module) is None
+
+
+def test_a_dead_module_frees_its_copy():
+    before = len(linear._packed)
+    module = make()
+    assert_matches(module, torch.randn(3, 40))
+    assert len(linear._packed) == before + 1
+    del module
+    assert len(linear._packed) == before
+
+
+def test_autocast_and_compile_are_plain():
+    module, x = make(), torch.randn(3, 40)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), module(x))
