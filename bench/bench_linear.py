@@ -1,4 +1,4 @@
-"""pytest bench/bench_linear.py: prepacked linear layers beside torch's, at ModernBERT-base's shapes."""
+"""pytest bench/bench_linear.py: prepacked linear layers beside torch's, at ModernBERT shapes."""
 
 import pytest
 import torch

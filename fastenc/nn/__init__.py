@@ -3,7 +3,7 @@
 ``VarlenBatch`` holds packed tokens. Every fastenc model, and every transformers model that
 ``fastenc.accelerate`` took over, has ``forward_packed(batch) -> (total_tokens, hidden)``;
 ``packed_forward_of(module)`` finds it, also inside a model with a head, and is None where there is
-none. ``prepack(module)`` keeps the weights of linear layers in the layout of the CPU's matrix product.
+none. ``prepack(module)`` keeps linear layers' weights in the layout of the CPU's matrix product.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear layers on weights packed once into oneDNN's blocked layout, for inference on a CPU.
 
-torch's ``F.linear`` packs the weight again in every call (in fp32 through MKL). Packed once, the same
-product is faster, most of all in bf16 and for few rows: ``bench/bench_linear.py`` measures it. The
-packed copy costs the memory of the weight again.
+torch's ``F.linear`` packs the weight again in every call (in fp32 through MKL). Packed once, the
+same product is faster, most of all in bf16 and for few rows: ``bench/bench_linear.py`` measures it.
+The packed copy costs the memory of the weight again.
 """
 
 from __future__ import annotations
