@@ -280,7 +280,5 @@ def _padded_shape(
             continue
         rows = (1, shape[0]) if name != "attention_mask" else (shape[0],)
         if x.shape[0] not in rows or x.shape[1] != shape[1]:
-            raise ValueError(
-                f"{name}: expected the shape {shape} of the input, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected the input's shape {shape}, got {tuple(x.shape)}")
     return shape
