@@ -82,9 +82,10 @@ def stamp() -> dict[str, object]:
 
 def write_json(path: Path, value: object) -> None:
     """Written to a temporary name and renamed: an interrupted run loses nothing."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

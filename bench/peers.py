@@ -124,4 +124,3 @@ PEERS: dict[str, Callable[[torch.nn.Module, Path], Runner]] = {
     "ONNX Runtime": onnx_runtime,
     "OpenVINO": openvino_runtime,
 }
-REQUIRED_PACKAGES = ("onnxruntime", "onnx", "onnxscript", "openvino")

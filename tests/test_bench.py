@@ -1,0 +1,67 @@
+"""The benchmark code runs at toy size, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import measure, models, op_bench, report
+from fastenc import testing
+
+
+def test_the_end_to_end_suite_at_toy_size():
+    results = {**measure.stamp(), "ops": []}
+    results["modernbert"] = suite = models.run(
+        models.TOY_ROWS,
+        layers=2,
+        vocab_size=200,
+        names=("fastenc", "transformers sdpa"),
+        progress=lambda text: None,
+    )
+    assert [row["name"] for row in suite["rows"]] == [row.name for row in models.TOY_ROWS]
+    for row in suite["rows"]:
+        assert row["failures"] == {} and 0 < row["fraction_of_floor"] < 10
+        assert row["errors"]["fastenc"] < 1e-4
+        assert row["breakdown"]["attention"] > 0 and row["breakdown"]["linear"] > 0
+    json.dumps(results)
+    text = report.tables(results)
+    assert "fastenc" in text and "floor / measured" in text
+
+
+def test_a_missing_peer_package_is_no_silent_gap(monkeypatch, tmp_path):
+    from bench import peers
+
+    def missing(model, folder):
+        raise ModuleNotFoundError("No module named 'openvino'")
+
+    monkeypatch.setitem(peers.PEERS, "OpenVINO", missing)
+    with pytest.raises(ImportError, match="openvino"):
+        models.build_peers(None, tmp_path, ["OpenVINO"])
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7, 0, 3), (300,)])
+@pytest.mark.parametrize("window", [(-1, -1), (0, 0), (64, 64), (2, 500), (-1, 3)])
+def test_useful_pairs_counts_the_window(lengths, window):
+    from fastenc.ops._attention_ref import reach
+
+    counted = sum(int(reach(n, *window, torch.device("cpu")).sum()) for n in lengths)
+    assert testing.useful_pairs(lengths, window) == counted
+
+
+def test_work_of_the_ops():
+    geglu = next(testing.cases("geglu", "bench"))
+    assert op_bench.work(geglu, torch.float32, False) == (4 * 512 * 2304 * 3 // 2, 0)
+    attention = next(testing.cases("varlen_attention", "bench"))
+    pairs = testing.useful_pairs((512,) * 4, (64, 64))
+    assert op_bench.work(attention, torch.float32, False)[1] == 4 * pairs * 12 * 64
+
+
+def test_results_are_written_whole(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    measure.write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        measure.write_json(path, {"x": object()})
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
