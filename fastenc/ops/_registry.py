@@ -157,17 +157,18 @@ class OpSpec:
     ``*_ref``: plain PyTorch kernels; ``save(ctx, inputs, output)``; ``differentiate(ctx, bwd,
     *grads)`` returns one gradient per forward input, calling ``bwd`` of its own namespace;
     ``autocast(dtype, device_type, args)`` returns the arguments as they run under autocast.
+    An op without a gradient has no ``backward`` and nothing that belongs to it.
     """
 
     name: str
     forward: str
-    backward: str
     forward_fake: Callable
-    backward_fake: Callable
     forward_ref: Callable
-    backward_ref: Callable
-    save: Callable
-    differentiate: Callable
+    backward: str | None = None
+    backward_fake: Callable | None = None
+    backward_ref: Callable | None = None
+    save: Callable | None = None
+    differentiate: Callable | None = None
     autocast: Callable | None = None
     stem: str | None = None
 
@@ -187,21 +188,11 @@ def define(spec: OpSpec) -> None:
         namespace = f"fastenc_{backend}" if backend else "fastenc"
         library = _libraries.setdefault(namespace, Library(namespace, "FRAGMENT"))
         library.define(f"{spec.name}_fwd{spec.forward}")
-        library.define(f"{spec.name}_bwd{spec.backward}")
-        ops = getattr(torch.ops, namespace)
-        forward = getattr(ops, f"{spec.name}_fwd").default
-        backward = getattr(ops, f"{spec.name}_bwd").default
+        forward = getattr(getattr(torch.ops, namespace), f"{spec.name}_fwd").default
         _forward[spec.name][backend] = forward
         torch.library.register_fake(f"{namespace}::{spec.name}_fwd", spec.forward_fake, lib=library)
-        torch.library.register_fake(
-            f"{namespace}::{spec.name}_bwd", spec.backward_fake, lib=library
-        )
-        torch.library.register_autograd(
-            f"{namespace}::{spec.name}_fwd",
-            _gradient(spec, backward),
-            setup_context=_saver(spec),
-            lib=library,
-        )
+        if spec.backward is not None:
+            _define_backward(spec, namespace, library)
         if spec.autocast is not None:
             for device in ("cpu", "cuda"):
                 library.impl(
@@ -210,6 +201,18 @@ def define(spec: OpSpec) -> None:
                     f"Autocast{device.upper()}",
                 )
         _register_python_kernels(spec, backend, library)
+
+
+def _define_backward(spec: OpSpec, namespace: str, library: Library) -> None:
+    library.define(f"{spec.name}_bwd{spec.backward}")
+    backward = getattr(getattr(torch.ops, namespace), f"{spec.name}_bwd").default
+    torch.library.register_fake(f"{namespace}::{spec.name}_bwd", spec.backward_fake, lib=library)
+    torch.library.register_autograd(
+        f"{namespace}::{spec.name}_fwd",
+        _gradient(spec, backward),
+        setup_context=_saver(spec),
+        lib=library,
+    )
 
 
 def _saver(spec: OpSpec) -> Callable:
@@ -238,6 +241,8 @@ def _autocast(spec: OpSpec, forward: Callable, device: str) -> Callable:
 
 def _register_python_kernels(spec: OpSpec, backend: str | None, library: Library) -> None:
     for suffix, reference in (("fwd", spec.forward_ref), ("bwd", spec.backward_ref)):
+        if reference is None:
+            continue
         op = f"{spec.name}_{suffix}"
         shown = spec.name if suffix == "fwd" else op
         if backend in (None, "reference"):
