@@ -123,6 +123,8 @@ WINDOWS = ((-1, -1), (0, 0), (1, 1), (64, 64), (128, 128), (64, 0), (-1, 0), (5,
 
 def cases(op: str, size: str = "test") -> Iterator[Case]:
     """The cases of ``op``: "test" bites at edges, "small" suits an interpreter, "bench" is real."""
+    from fastenc import _gliner_cases as gliner
+
     yield from {
         "geglu": _geglu_cases,
         "rope": _rope_cases,
@@ -130,6 +132,8 @@ def cases(op: str, size: str = "test") -> Iterator[Case]:
         "segment_pool": _segment_pool_cases,
         "varlen_attention": _attention_cases,
         "rope_varlen_attention": _rope_attention_cases,
+        "span_pool": gliner.pool_cases,
+        "span_score": gliner.score_cases,
     }[op](size)
 
 
@@ -340,6 +344,7 @@ def check_case(fn: Callable, ref: Callable, case: Case, dtype: torch.dtype, devi
 def reference_of(op: str) -> Callable:
     """The plain differentiable PyTorch form of a public op, with the public op's arguments."""
     from fastenc.ops import _attention_ref as attention
+    from fastenc.ops import _span_ref as span
     from fastenc.ops.add_layer_norm import add_layer_norm_ref
     from fastenc.ops.geglu import geglu_ref
     from fastenc.ops.rope import rope_ref
@@ -365,4 +370,6 @@ def reference_of(op: str) -> Callable:
         "segment_pool": segment_pool_ref,
         "varlen_attention": varlen_attention,
         "rope_varlen_attention": rope_varlen_attention,
+        "span_pool": span.span_pool_ref,
+        "span_score": span.span_score_ref,
     }[op]

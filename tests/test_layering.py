@@ -48,6 +48,8 @@ def module_name(path: Path) -> str:
 def layer_of(module: str) -> str | None:
     if module.startswith("fastenc._encoder"):
         return "fastenc.encoder"
+    if module == "fastenc._gliner_cases":
+        return "fastenc.testing"
     names = [name for name in LAYERS if module == name or module.startswith(name + ".")]
     return names[0] if names else None
 

@@ -7,6 +7,9 @@ from fastenc.ops.geglu import geglu
 from fastenc.ops.rope import rope
 from fastenc.ops.rope_varlen_attention import rope_varlen_attention
 from fastenc.ops.segment_pool import segment_pool
+from fastenc.ops.span_candidates import span_candidates
+from fastenc.ops.span_pool import span_pool
+from fastenc.ops.span_score import span_score
 from fastenc.ops.varlen_attention import varlen_attention
 
 __all__ = [
@@ -19,6 +22,9 @@ __all__ = [
     "rope",
     "rope_varlen_attention",
     "segment_pool",
+    "span_candidates",
+    "span_pool",
+    "span_score",
     "use_backend",
     "varlen_attention",
 ]
