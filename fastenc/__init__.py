@@ -13,7 +13,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "BertModel": "fastenc.models",
     "Encoder": "fastenc.encoder",
+    "ModernBertForMaskedLM": "fastenc.models",
+    "ModernBertForMultipleChoice": "fastenc.models",
+    "ModernBertForQuestionAnswering": "fastenc.models",
+    "ModernBertForSequenceClassification": "fastenc.models",
+    "ModernBertForTokenClassification": "fastenc.models",
     "ModernBertModel": "fastenc.models",
+    "RobertaModel": "fastenc.models",
+    "XLMRobertaModel": "fastenc.models",
 }
 __all__ = [*_ops, *_HOMES, "accelerate", "restore"]
 

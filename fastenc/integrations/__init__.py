@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastenc.integrations import _on_import
+
 T = TypeVar("T")
 
 _HANDLERS = {
@@ -60,3 +62,6 @@ def _handler(obj: object) -> ModuleType:
         f"accelerate: expected a torch.nn.Module or an object of {', '.join(sorted(_HANDLERS))}, "
         f"got {type(obj).__module__}.{type(obj).__qualname__}"
     )
+
+
+_on_import.register()

@@ -5,8 +5,15 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "ModernBertModel": "modernbert",
     "BertModel": "bert",
+    "ModernBertForMaskedLM": "heads",
+    "ModernBertForMultipleChoice": "heads",
+    "ModernBertForQuestionAnswering": "heads",
+    "ModernBertForSequenceClassification": "heads",
+    "ModernBertForTokenClassification": "heads",
+    "ModernBertModel": "modernbert",
+    "RobertaModel": "roberta",
+    "XLMRobertaModel": "roberta",
 }
 
 __all__ = [*_HOMES]

@@ -29,14 +29,16 @@ _IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_l
 class CallOptions:
     """The keyword arguments of transformers' forwards that the packed path understands.
 
-    ``first_token_only``: fastenc's own, set by heads that read the first token: the returned
-    last_hidden_state is (rows, 1, hidden), each row's first real token wherever its padding is.
+    ``hidden_as`` is fastenc's own, passed by its heads: what last_hidden_state shall be.
+    "padded": (rows, columns, hidden), as in transformers. "first": (rows, 1, hidden), each row's
+    first real token wherever its padding is. "packed": (T, hidden), beside it ``varlen_batch``.
+    "everywhere": padded, with transformers' values in the padding too.
     """
 
     return_dict: bool
     output_hidden_states: bool
     output_attentions: bool
-    first_token_only: bool
+    hidden_as: str
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     unknown: dict[str, Any]
@@ -52,7 +54,7 @@ class CallOptions:
             return_dict=given.pop("return_dict", getattr(config, "return_dict", True)) is not False,
             output_hidden_states=flag("output_hidden_states"),
             output_attentions=flag("output_attentions"),
-            first_token_only=given.pop("first_token_only", False),
+            hidden_as=given.pop("fastenc_hidden_as", "padded"),
             cu_seqlens=given.pop("cu_seq_lens_q", None),
             max_seqlen=given.pop("max_length_q", None),
             unknown={k: v for k, v in given.items() if v is not None and k not in _IGNORED},
@@ -145,8 +147,10 @@ class PackedModel(StrictLoading):
         output = self._output(batch, hidden)
         if states is not None:
             output.hidden_states = (*map(batch.pad, states), output.last_hidden_state)
-        if options.first_token_only:
+        if options.hidden_as == "first":
             output.last_hidden_state = batch.first(hidden).unsqueeze(1)
+        elif options.hidden_as == "packed":
+            output.last_hidden_state, output["varlen_batch"] = hidden, batch
         return output if options.return_dict else output.to_tuple()
 
     def _output(self, batch: VarlenBatch, hidden: Tensor):
@@ -169,11 +173,7 @@ class PackedModel(StrictLoading):
             None, attention_mask, position_ids=split_by, shape=shape, device=device
         )
         if options.cu_seqlens is not None:
-            batch = replace(
-                batch,
-                cu_seqlens=options.cu_seqlens.to(device, torch.int32),
-                max_seqlen=int(options.max_seqlen or shape[1]),
-            )
+            batch = batch.split(options.cu_seqlens, options.max_seqlen)
         if position_ids is None:
             position_ids = self._implied_positions(input_ids, shape)
         pack = _packer(batch, shape)
@@ -205,6 +205,9 @@ class PackedModel(StrictLoading):
             return f"unknown arguments ({', '.join(sorted(options.unknown))})"
         if attention_mask is not None and not _is_padding_mask(attention_mask):
             return "an attention_mask that is no (rows, columns) tensor"
+        everywhere = options.hidden_as == "everywhere" and attention_mask is not None
+        if everywhere and bool((attention_mask == 0).any()):
+            return "the loss reads hidden states of the padding"
         return self._config_obstacle() or obstacle(self, self._slots)
 
     def _fall_back(self, reason: str, options: CallOptions, tensors: dict[str, Tensor | None]):
@@ -225,8 +228,13 @@ class PackedModel(StrictLoading):
         )
         first = _first_real(output.last_hidden_state, tensors["attention_mask"])
         self._see_first(output, first)
-        if options.first_token_only:
+        if options.hidden_as == "first":
             output.last_hidden_state = first
+        elif options.hidden_as == "packed":
+            hidden, mask = output.last_hidden_state, tensors["attention_mask"]
+            mask = mask if _is_padding_mask(mask) else None
+            batch = VarlenBatch.from_padded(None, mask, shape=tuple(hidden.shape[:2]))
+            output.last_hidden_state, output["varlen_batch"] = batch.pack(hidden), batch
         return output if options.return_dict else output.to_tuple()
 
     def _see_first(self, output, first: Tensor) -> None:

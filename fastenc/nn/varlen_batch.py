@@ -189,6 +189,12 @@ class VarlenBatch:
         flat = packed.new_full((shape[0] * shape[1], *packed.shape[1:]), value)
         return flat.index_copy(0, places, packed).unflatten(0, shape)
 
+    def split(self, cu_seqlens: Tensor, max_seqlen: int | None = None) -> VarlenBatch:
+        """The same tokens, their rows split into sequences at ``cu_seqlens`` (num_seqs + 1,)."""
+        longest = self.max_seqlen if max_seqlen is None else int(max_seqlen)
+        cu_seqlens = cu_seqlens.to(self.device, torch.int32)
+        return replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest)
+
     def first(self, packed: Tensor) -> Tensor:
         """(T, ...) -> (rows, ...): the first real token of each row, zeros for a row without one.
 
