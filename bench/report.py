@@ -27,7 +27,7 @@ def newest() -> dict[str, dict]:
     return found
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -46,7 +46,7 @@ def model_table(results: dict) -> str:
                 text = f"{speeds[name]:.0f}"
                 cells.append(f"**{text}**" if speeds[name] == best else text)
         rows.append([row["name"], *cells])
-    return _table(["tokens/s", *names], rows)
+    return markdown_table(["tokens/s", *names], rows)
 
 
 def ratio_table(results: dict) -> str:
@@ -63,7 +63,7 @@ def ratio_table(results: dict) -> str:
             ]
         )  # fmt: skip
     head = ["row", "floor / measured", "best peer / fastenc", "sdpa / fastenc", "where time goes"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def failure_list(results: dict) -> str:
@@ -87,7 +87,7 @@ def op_table(figures: list[dict]) -> str:
         rows.append(
             [op, case, f"{ours['seconds'] * 1e3:.2f}", f"{ours['fraction_of_floor']:.2f}", ratio]
         )
-    return _table(["op", "case", "ms", "floor / measured", "plain PyTorch / fastenc"], rows)
+    return markdown_table(["op", "case", "ms", "floor / measured", "plain PyTorch / fastenc"], rows)
 
 
 def heading(results: dict) -> str:
