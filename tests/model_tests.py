@@ -6,7 +6,6 @@ Exact is transformers (sdpa) in float64; plain is transformers at the tested dty
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 
 import torch
@@ -92,12 +91,11 @@ def check_gradients(
 ) -> None:
     """The parity rule for the gradients of a whole model.
 
-    One small parameter's plain error is a single draw, and a lucky one says little; what plain
-    PyTorch allows is therefore its worst error among the parameters of one kind (one name in all
-    layers), relative to the largest gradient in the parameter's module (that of a key bias is 0 but
-    for the rounding of what cancels in it).
+    One parameter's plain error is a single draw, and a lucky one says little: roundings of upstream
+    layers reach every gradient. What plain PyTorch allows is therefore its worst error of all
+    parameters, relative to the largest gradient in the parameter's module (that of a key bias is 0
+    but for the rounding of what cancels in it).
     """
-    kinds = {name: re.sub(r"\.\d+\.", ".*.", name) for name in exact}
     scales: dict[str, float] = {}
     for name, x in exact.items():
         module = name.rpartition(".")[0]
@@ -106,13 +104,9 @@ def check_gradients(
     def relative(x: Tensor, name: str) -> float:
         return max_error(x, exact[name]) / (scales[name.rpartition(".")[0]] or 1.0)
 
-    worst: dict[str, float] = {}
-    for name, kind in kinds.items():
-        worst[kind] = max(worst.get(kind, 0.0), relative(plain[name], name))
-    for name, kind in kinds.items():
+    worst = max(relative(plain[name], name) for name in exact)
+    for name in exact:
         assert actual[name].dtype == plain[name].dtype, name
         error = relative(actual[name], name)
-        allowed = 2 * worst[kind] + torch.finfo(plain[name].dtype).eps
-        assert error <= allowed, (
-            f"gradient of {name}: {error:.3e} of its scale, allowed {allowed:.3e}"
-        )
+        allowed = 2 * worst + torch.finfo(plain[name].dtype).eps
+        assert error <= allowed, f"gradient of {name}: error {error:.3e}, allowed {allowed:.3e}"

@@ -1,0 +1,220 @@
+"""Models with heads, ours and accelerated: transformers' losses, outputs and weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import test_bert
+import test_modernbert
+import torch
+import transformers
+from model_tests import at, check_model, padded, telling
+
+import fastenc
+from fastenc.testing import assert_parity
+
+MODERN = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
+          "MultipleChoice")  # fmt: skip
+FAMILIES = {
+    "ModernBert": MODERN,
+    "Bert": (*MODERN, "PreTraining", "NextSentencePrediction"),
+    "Roberta": MODERN,
+    "XLMRoberta": MODERN,
+}
+NAMES = [f"{family}For{head}" for family, heads in FAMILIES.items() for head in heads]
+READS_PADDING = "the loss reads hidden states of the padding"
+
+
+def model_of(name: str, **options):
+    cls = getattr(transformers, name)
+    if name.startswith("ModernBert"):
+        config = test_modernbert.config_of(**options)
+    else:
+        kin = {} if name.startswith("Bert") else {"pad_token_id": 1, "max_position_embeddings": 40}
+        config = cls.config_class(**test_bert.TINY | kin | options)
+    return telling(cls(config)).eval()
+
+
+def inputs_of(name: str, side: str = "right") -> dict:
+    """Padded inputs with labels, none of them in the padding."""
+    ids, mask = padded((17, 7, 1, 12), 17, 99, side)
+    g = torch.Generator().manual_seed(0)
+    chosen = (torch.rand(ids.shape, generator=g) < 0.4) & (mask == 1)
+    head = name.partition("For")[2]
+    labels = {
+        "MaskedLM": {"labels": torch.where(chosen, ids, -100)},
+        "PreTraining": {"labels": torch.where(chosen, ids, -100),
+                        "next_sentence_label": torch.tensor([0, 1, 1, 0])},
+        "NextSentencePrediction": {"labels": torch.tensor([0, 1, 1, 0])},
+        "SequenceClassification": {"labels": torch.tensor([0, 1, 1, 0])},
+        "TokenClassification": {"labels": torch.where(chosen, ids % 2, -100)},
+        "QuestionAnswering": {"start_positions": torch.tensor([3, 2, 0, 1]),
+                              "end_positions": torch.tensor([5, 2, 0, 4])},
+        "MultipleChoice": {"labels": torch.tensor([1, 0])},
+    }[head]  # fmt: skip
+    if head == "MultipleChoice":
+        ids, mask = ids.view(2, 2, 17), mask.view(2, 2, 17)
+    return {"input_ids": ids, "attention_mask": mask} | labels
+
+
+def real_outputs(model, inputs: dict) -> dict[str, torch.Tensor]:
+    """Outputs at real tokens, and those that have no token axis."""
+    mask = inputs["attention_mask"]
+    outputs = {k: x for k, x in model(**inputs).items() if isinstance(x, torch.Tensor)}
+    return {k: x[mask == 1] if x.shape[:2] == mask.shape else x for k, x in outputs.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parity(name):
+    reference = model_of(name)
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    inputs = inputs_of(name)
+    with fastenc.record() as ran:
+        check_model(accelerated, reference, inputs)
+    base = f"{name.partition('For')[0]}Model"
+    expected = [f"{base}: {READS_PADDING}"] if name.endswith("QuestionAnswering") else []
+    assert ran.fallbacks == expected
+    restored = fastenc.restore(accelerated)
+    assert type(restored) is type(reference)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("QuestionAnswering")])
+def test_answers_without_padding(name):
+    """Nothing falls back where there is no padding to read."""
+    reference = model_of(name)
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    inputs = {k: x for k, x in inputs_of(name).items() if k != "attention_mask"}
+    with fastenc.record() as ran:
+        check_model(accelerated, reference, inputs)
+    assert ran.fallbacks == [] and "add_layer_norm" in ran.calls
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("Classification")])
+def test_left_padding(name):
+    """What pools the first token takes the first real one: as under right padding."""
+    accelerated = fastenc.accelerate(model_of(name))
+    left, right = inputs_of(name, "left"), inputs_of(name, "right")
+    mask = left["attention_mask"]
+    for row, length in enumerate(mask.sum(1)):
+        right["input_ids"][row, :length] = left["input_ids"][row, 17 - length :]
+    if name.startswith("Bert"):  # BERT's positions are columns
+        columns = torch.arange(17).expand(4, 17)
+        left["position_ids"] = (columns - mask.argmax(1, keepdim=True)).clamp(min=0)
+    if name.startswith("XLM") or name.startswith("Roberta"):
+        left["input_ids"] = torch.where(mask == 1, left["input_ids"], 1)
+    del left["labels"], right["labels"]
+    actual, expected = (real_outputs(accelerated, x)["logits"] for x in (left, right))
+    torch.testing.assert_close(actual, expected)
+    with fastenc.record() as ran:
+        hooked = accelerated.base_model.embeddings.register_forward_hook(lambda *args: None)
+        fallen = real_outputs(accelerated, left)["logits"]
+        hooked.remove()
+    assert len(ran.fallbacks) == 1
+    torch.testing.assert_close(fallen, actual)
+
+
+@pytest.mark.parametrize("head", MODERN)
+def test_our_own_classes(head, tmp_path):
+    """Built, saved and loaded both ways; the base model inside is packed."""
+    reference = model_of(f"ModernBertFor{head}")
+    reference.save_pretrained(tmp_path / "theirs")
+    cls = getattr(fastenc, f"ModernBertFor{head}")
+    ours = cls.from_pretrained(tmp_path / "theirs")
+    assert type(ours.model) is type(cls(reference.config).model) is fastenc.ModernBertModel
+    assert fastenc.restore(ours) is ours and type(ours.model) is fastenc.ModernBertModel
+    assert ours.state_dict().keys() == reference.state_dict().keys()
+    inputs = {k: x for k, x in inputs_of(f"ModernBertFor{head}").items() if "positions" not in k}
+    actual, plain = real_outputs(ours, inputs), real_outputs(reference, inputs)
+    exact = real_outputs(at(reference, torch.float64), inputs)
+    assert actual.keys() == plain.keys()
+    for key in exact:
+        assert_parity(key, actual[key], plain[key], exact[key])
+    ours.save_pretrained(tmp_path / "ours")
+    back = type(reference).from_pretrained(tmp_path / "ours").eval()
+    for key, x in real_outputs(back, inputs).items():
+        assert torch.equal(x, plain[key])
+    as_tuple = ours(**inputs, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(actual)
+
+
+def test_mean_pooling():
+    reference = model_of("ModernBertForSequenceClassification", classifier_pooling="mean")
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    check_model(accelerated, reference, inputs_of("ModernBertForSequenceClassification"))
+
+
+@pytest.mark.parametrize("labels, problem", [
+    (torch.tensor([0.5, 1.0, -2.0, 0.0]), "regression"),
+    (torch.rand(4, 3), "multi_label_classification"),
+])  # fmt: skip
+def test_other_losses_of_sequence_classification(labels, problem):
+    count = 1 if labels.dim() == 1 else labels.shape[1]
+    reference = model_of("ModernBertForSequenceClassification", num_labels=count)
+    reference.config.problem_type = problem
+    inputs = inputs_of("ModernBertForSequenceClassification") | {"labels": labels}
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    torch.testing.assert_close(accelerated(**inputs).loss, reference(**inputs).loss)
+
+
+def test_masked_lm_decodes_real_tokens_only():
+    model = fastenc.accelerate(model_of("ModernBertForMaskedLM"))
+    rows = []
+    model.decoder.register_forward_hook(lambda m, args, out: rows.append(out.shape[0]))
+    inputs = inputs_of("ModernBertForMaskedLM")
+    logits = model(**inputs).logits
+    model.sparse_prediction = True
+    sparse = model(**inputs)
+    labelled = inputs["labels"] != -100
+    assert rows == [37, int(labelled.sum())]
+    assert (logits[inputs["attention_mask"] == 0] == 0).all()
+    torch.testing.assert_close(sparse.logits, logits[labelled])
+    torch.testing.assert_close(sparse.loss, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ["ModernBertForMaskedLM", "BertForTokenClassification"])
+def test_labels_in_the_padding_count_as_in_transformers(name, sparse):
+    reference = model_of(name)
+    reference.sparse_prediction = sparse
+    inputs = inputs_of(name)
+    inputs["labels"] = inputs["labels"].clamp(min=0)
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    with fastenc.record() as ran:
+        actual = accelerated(**inputs).loss
+    assert [reason.partition(": ")[2] for reason in ran.fallbacks] == [READS_PADDING]
+    torch.testing.assert_close(actual, reference(**inputs).loss)
+
+
+def test_tied_weights(tmp_path):
+    ours = fastenc.ModernBertForMaskedLM(test_modernbert.config_of())
+    assert ours.decoder.weight is ours.model.embeddings.tok_embeddings.weight
+    ours.save_pretrained(tmp_path)
+    back = fastenc.ModernBertForMaskedLM.from_pretrained(tmp_path)
+    assert back.decoder.weight is back.model.embeddings.tok_embeddings.weight
+    loose = fastenc.ModernBertForMaskedLM(test_modernbert.config_of(tie_word_embeddings=False))
+    assert loose.decoder.weight is not loose.model.embeddings.tok_embeddings.weight
+
+
+# configurations of the same model_type, as published, with fewer layers and words
+KIN = {
+    "ettin": {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96,
+              "local_attention": 128, "norm_eps": 1e-5, "classifier_pooling": "mean"},
+    "mmbert": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 16e4}
+        for kind in ("full_attention", "sliding_attention")}, "classifier_activation": "gelu"},
+    "gte-modernbert": {"classifier_pooling": "mean", "classifier_dropout": 0.0},
+    "granite": {"hidden_size": 64, "num_attention_heads": 2, "hidden_activation": "silu",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 8e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kin", KIN)
+def test_kin_of_modernbert(kin):
+    reference = model_of("ModernBertForSequenceClassification", **KIN[kin])
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    with fastenc.record() as ran:
+        check_model(accelerated, reference, inputs_of("ModernBertForSequenceClassification"))
+    assert ran.fallbacks == [] and {"geglu", "rope_varlen_attention"} <= ran.calls.keys()
