@@ -18,8 +18,8 @@ from fastenc.triton_kernels.varlen_attention import (
     attend,
     attend_backward,
     check_head_dim,
-    is_windowed_backward,
-    is_windowed_forward,
+    windowed_backward_candidates,
+    windowed_candidates,
 )
 
 
@@ -46,8 +46,7 @@ def rope_varlen_attention_fwd(
         return out, lse
     options = _options(qkv, cos, sin, cu_seqlens, left, right, scale, dropout_p, seed)
     q, k, v = _common.unit_rows(qkv).unbind(1)
-    chip = _common.chip_of(qkv.device)
-    if not is_windowed_forward(left, right, head_dim, qkv.dtype, chip):
+    if not windowed_candidates(options.need(q), _common.chip_of(qkv.device)):
         k = _rotated(k, options)
     attend(q, k, v, out, lse, options)
     return out, lse
@@ -65,8 +64,7 @@ def rope_varlen_attention_bwd(
     qkv, out, grad_out = (_common.unit_rows(x) for x in (qkv, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     q, k, v = qkv.unbind(1)
-    chip = _common.chip_of(qkv.device)
-    narrow = is_windowed_backward(left, right, qkv.shape[3], qkv.dtype, chip)
+    narrow = bool(windowed_backward_candidates(options.need(q), _common.chip_of(qkv.device)))
     if not narrow:
         q, k = _rotated(qkv[:, :2], options).unbind(1)
     attend_backward(

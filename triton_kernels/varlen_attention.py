@@ -33,72 +33,112 @@ class Launch:
     num_warps: int
     num_stages: int = 1
 
+    def constants(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }  # fmt: skip
 
-def forward_candidates(head_dim: int, dtype: torch.dtype, chip: Chip) -> tuple[Launch, ...]:
+
+@dataclass(frozen=True)
+class Need:
+    """What a launch choice may depend on beside the chip: nothing that changes with the batch."""
+
+    head_dim: int
+    dtype: torch.dtype
+    left: int = -1
+    right: int = -1
+    rope: bool = False
+    dropout: bool = False
+    bias: bool = False
+
+    @property
+    def limited(self) -> bool:
+        return self.left >= 0 or self.right >= 0
+
+    @property
+    def extras(self) -> bool:
+        """Dropout and bias each take some 40 registers."""
+        return self.dropout or self.bias
+
+
+# Registers are those of sm_90, bf16, as `make gates` prints them: 128 and fewer let two blocks of
+# 8 warps share a multiprocessor, 255 is the most a thread may have.
+
+
+def forward_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
     """Launches of the general forward, the default first."""
     if chip.backend == "cpu":
         return (Launch(32, 16, 4),)
-    if dtype == torch.float32:
-        return (Launch(32, 32, 4, 2),)
-    return (Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(128, 128, 8, 2))
+    if need.dtype == torch.float32:  # 4 warps spill at head_dim 128
+        return (Launch(32, 32, 8, 2),)
+    return (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 32, 8, 2))
 
 
-def windowed_candidates(head_dim: int, dtype: torch.dtype, chip: Chip) -> tuple[Launch, ...]:
-    """Launches of the windowed forward, the default first."""
+def windowed_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
+    """Launches of the single-pass forward, the default first; none where it does not pay."""
+    if need.left < 0 or need.right < 0 or need.bias:
+        return ()
     if chip.backend == "cpu":
-        return (Launch(16, 16, 4),)
-    if dtype == torch.float32:
-        return (Launch(32, 32, 4),)
-    return (Launch(64, 64, 4), Launch(64, 64, 8))
+        choices = (Launch(16, 16, 4),)
+    elif need.dtype == torch.float32 or need.head_dim > 128:
+        return ()
+    elif need.head_dim <= 64:  # 168 registers, 203 with RoPE
+        choices = (Launch(64, 64, 4), Launch(64, 64, 8))
+    elif need.dropout:  # spills
+        return ()
+    else:
+        choices = (Launch(64, 64, 8),)
+    return tuple(
+        c for c in choices if window_blocks(need.left, need.right, c.block_m, c.block_n) <= 3
+    )
 
 
-def backward_candidates(head_dim: int, dtype: torch.dtype, chip: Chip) -> tuple[Launch, ...]:
+def backward_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
     """Launches of the general backward, both parts, the default first."""
     if chip.backend == "cpu":
         return (Launch(32, 16, 4),)
-    if dtype == torch.float32:
-        return (Launch(32, 32, 4),)
-    return (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2))
+    if need.dtype == torch.float32:
+        return (Launch(32, 32, 8, 2),)
+    if need.head_dim <= 64:
+        narrow = Launch(64, 32, 4, 2)  # dk and dv: 140 registers, 183 with dropout
+        if need.extras:
+            return (narrow, Launch(128, 32, 8, 2))
+        return (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), narrow)
+    if need.extras:
+        return (Launch(64, 32, 8, 2),)
+    return (Launch(128, 32, 8, 2), Launch(64, 32, 8, 2))
 
 
-def windowed_backward_candidates(
-    head_dim: int, dtype: torch.dtype, chip: Chip
-) -> tuple[Launch, ...]:
-    """Launches of the windowed backward, the default first."""
+def windowed_backward_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
+    """Launches of the one-kernel backward, the default first; none where it does not pay."""
+    if need.left < 0 or need.right < 0 or need.bias or need.left + need.right > 256:
+        return ()
     if chip.backend == "cpu":
         return (Launch(16, 16, 4),)
-    if dtype == torch.float32:
-        return (Launch(32, 32, 4),)
-    return (Launch(64, 64, 4), Launch(64, 64, 8))
+    if need.dtype == torch.float32 or need.head_dim > 128:
+        return ()
+    if need.head_dim <= 64:
+        if need.rope and need.dropout:  # 211 registers, 255 with blocks of 32
+            return (Launch(64, 16, 4, 2),)
+        return (Launch(64, 32, 4, 2), Launch(64, 32, 8, 2))  # 166 registers, 184 with RoPE
+    return () if need.dropout else (Launch(64, 32, 8, 2),)
 
 
-def bias_launch(dtype: torch.dtype, chip: Chip) -> Launch:
+def bias_launch(need: Need, chip: Chip) -> Launch:
     """The launch of the table's gradient: square blocks."""
-    block = 32 if chip.backend == "cpu" or dtype == torch.float32 else 64
-    return Launch(block, block, 4)
+    if chip.backend == "cpu" or need.dtype == torch.float32:
+        return Launch(32, 32, 8, 1)
+    return Launch(64, 64, 8, 1)
 
 
-def widest_window(dtype: torch.dtype) -> int:
-    """The most blocks of keys whose scores the windowed forward holds in registers."""
-    return 3 if dtype != torch.float32 else 5
+def peels(need: Need) -> bool:
+    """Whether only the last block of keys is masked, apart from the loop.
 
-
-def is_windowed_forward(
-    left: int, right: int, head_dim: int, dtype: torch.dtype, chip: Chip
-) -> bool:
-    """Whether the window's span fits the single-pass forward."""
-    launch = windowed_candidates(head_dim, dtype, chip)[0]
-    if left < 0 or right < 0:
-        return False
-    return window_blocks(left, right, launch.block_m, launch.block_n) <= widest_window(dtype)
-
-
-def is_windowed_backward(
-    left: int, right: int, head_dim: int, dtype: torch.dtype, chip: Chip
-) -> bool:
-    """Whether one kernel does both parts of the backward: a tile then meets few blocks."""
-    launch = windowed_backward_candidates(head_dim, dtype, chip)[0]
-    return left >= 0 and right >= 0 and left + right <= 4 * launch.block_m
+    Not in fp32: its products are made of FMAs whose operands the compiler keeps in registers, and
+    a second copy of the step spills up to 2.5 KB.
+    """
+    return not need.limited and need.dtype != torch.float32
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -139,6 +179,16 @@ class Options:
             1 << 30 if side < 0 else min(side, 1 << 30) for side in (self.left, self.right)
         )
 
+    def need(self, q: Tensor) -> Need:
+        return Need(
+            q.shape[2], q.dtype, self.left, self.right, self.cos is not None, self.dropout,
+            self.bias is not None,
+        )  # fmt: skip
+
+    def key(self, name: str, need: Need, chip: Chip) -> tuple:
+        """What a tuned launch depends on."""
+        return (name, *vars(need).values(), chip.name)
+
     def pointers(self) -> tuple:
         return self.cos, self.sin, self.seed, self.bias
 
@@ -176,11 +226,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: O
     if q.numel() == 0:
         return
     chip = _common.chip_of(q.device)
-    rope = options.cos is not None
+    need = options.need(q)
     shared = {
-        "QK_PIECES": pieces_of(head_dim, rope), "V_PIECES": pieces_of(head_dim), "ROPE": rope,
-        **options.flags(q.dtype),
+        "QK_PIECES": pieces_of(head_dim, need.rope), "V_PIECES": pieces_of(head_dim),
+        "ROPE": need.rope, **options.flags(q.dtype),
     }  # fmt: skip
+    plain = {name: value for name, value in shared.items() if name != "BIAS"}
     strides = (*row_strides(q, k, v, out), *options.table_strides())
     scalars = options.scale, options.threshold, options.keep_scale
     num_seqs = options.cu_seqlens.shape[0] - 1
@@ -189,11 +240,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: O
         slots = _common.slots(total, num_seqs, launch.block_m)
         _common.launch(
             windowed_forward_kernel, (slots * heads,), q, k, v, out, lse, options.cu_seqlens,
-            *options.pointers(), num_seqs, total, heads, *scalars, *strides, **shared,
+            *options.pointers()[:3], num_seqs, total, heads, *scalars, *strides[:-3], **plain,
             LEFT=options.left, RIGHT=options.right, LOW=window_low(options.left),
             NUM_BLOCKS=window_blocks(options.left, options.right, launch.block_m, launch.block_n),
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.constants(),
         )  # fmt: skip
 
     def general(launch: Launch) -> None:
@@ -201,19 +251,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: O
         _common.launch(
             forward_kernel, (tiles.shape[1] * heads,), q, k, v, out, lse, tiles,
             *options.pointers(), tiles.shape[1], total, heads, *options.reach, *scalars, *strides,
-            **shared, WINDOWED=options.left >= 0 or options.right >= 0,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **shared, WINDOWED=need.limited, PEEL=peels(need), **launch.constants(),
         )  # fmt: skip
 
-    narrow = windowed_candidates(head_dim, q.dtype, chip)
-    key = (head_dim, q.dtype, rope, options.dropout, options.bias is not None, chip.name)
-    if is_windowed_forward(options.left, options.right, head_dim, q.dtype, chip):
-        key = ("windowed_fwd", options.left, options.right, *key)
-        _common.run_chosen(key, q.device, narrow, windowed)
+    narrow = windowed_candidates(need, chip)
+    if narrow:
+        _common.run_chosen(options.key("windowed_fwd", need, chip), q.device, narrow, windowed)
     else:
-        choices = forward_candidates(head_dim, q.dtype, chip)
-        _common.run_chosen(("attention_fwd", *key), q.device, choices, general)
+        choices = forward_candidates(need, chip)
+        _common.run_chosen(options.key("attention_fwd", need, chip), q.device, choices, general)
 
 
 def attend_backward(
@@ -229,26 +275,23 @@ def attend_backward(
     if q.numel() == 0:
         return
     chip = _common.chip_of(q.device)
-    rope = options.cos is not None
-    limited = options.left >= 0 or options.right >= 0
+    need = options.need(q)
+    narrow = windowed_backward_candidates(need, chip)
     shared = {
-        "QK_PIECES": pieces_of(head_dim, rope), "V_PIECES": pieces_of(head_dim), "ROPE": rope,
-        "ROTATE": rope and not rotated, "WINDOWED": limited, "HAS_DLSE": dlse is not None,
-        **options.flags(q.dtype),
+        "QK_PIECES": pieces_of(head_dim, need.rope), "V_PIECES": pieces_of(head_dim),
+        "ROPE": need.rope, "ROTATE": need.rope and not rotated, "WINDOWED": need.limited,
+        "PEEL": peels(need), "HAS_DLSE": dlse is not None, **options.flags(q.dtype),
     }  # fmt: skip
     strides = (*row_strides(q, k, v, out, dout, dq, dk, dv), *options.table_strides())
     scalars = options.scale, options.threshold, options.keep_scale
     num_seqs = options.cu_seqlens.shape[0] - 1
-    narrow = is_windowed_backward(options.left, options.right, head_dim, q.dtype, chip)
-    has_delta = dbias is not None or not narrow
-    delta = _common.empty((heads, total) if has_delta else (0,), torch.float32, q.device)
+    delta = _common.empty((0,) if narrow else (heads, total), torch.float32, q.device)
 
     def part(name: str, launch: Launch, tiles: Tensor, count: int, slots: int) -> None:
         _common.launch(
             backward_kernel, (slots * heads,), q, k, v, out, dout, lse, dlse, delta, dq, dk, dv,
             tiles, *options.pointers(), count, total, heads, *options.reach, *scalars, *strides,
-            PART=name, **shared, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            PART=name, **shared, **launch.constants(),
         )  # fmt: skip
 
     def windowed(launch: Launch) -> None:
@@ -260,19 +303,16 @@ def attend_backward(
         part("dq", launch, tiles, tiles.shape[1], tiles.shape[1])
         part("dkv", launch, tiles, tiles.shape[1], tiles.shape[1])
 
-    key = (head_dim, q.dtype, rope, options.dropout, options.bias is not None, chip.name)
     if narrow:
-        choices = windowed_backward_candidates(head_dim, q.dtype, chip)
-        key = ("windowed_bwd", options.left, options.right, *key)
-        _common.run_chosen(key, q.device, choices, windowed)
-    else:
-        choices = backward_candidates(head_dim, q.dtype, chip)
-        _common.run_chosen(("attention_bwd", *key), q.device, choices, general)
+        _common.run_chosen(options.key("windowed_bwd", need, chip), q.device, narrow, windowed)
+        return
+    choices = backward_candidates(need, chip)
+    _common.run_chosen(options.key("attention_bwd", need, chip), q.device, choices, general)
     if dbias is not None:
-        launch = bias_launch(q.dtype, chip)
+        launch = bias_launch(need, chip)
         tiles = schedule(options.cu_seqlens, total, launch.block_m)
         constants = {
-            "PIECES": shared["V_PIECES"], "WINDOWED": limited, "DROPOUT": options.dropout,
+            "PIECES": shared["V_PIECES"], "WINDOWED": need.limited, "DROPOUT": need.dropout,
             "PRECISION": shared["PRECISION"],
         }  # fmt: skip
         bias_gradient(

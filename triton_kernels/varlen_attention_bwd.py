@@ -121,9 +121,9 @@ def _dq_tile(
     sin_ptr, seed_ptr, bias_ptr, start, length, first, head, left, right, scale, threshold,
     keep_scale, q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, cos_stride,
     sin_stride, bias_stride, radius, QK_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
-    ROPE: tl.constexpr, ROTATE: tl.constexpr, WINDOWED: tl.constexpr, HAS_DLSE: tl.constexpr,
-    STORE_DELTA: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RAW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROPE: tl.constexpr, ROTATE: tl.constexpr, WINDOWED: tl.constexpr, PEEL: tl.constexpr,
+    HAS_DLSE: tl.constexpr, STORE_DELTA: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
+    RAW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq (and delta) of the queries [first, first + BLOCK_M). Pointers: a sequence's first row."""
     step = tl.arange(0, BLOCK_M)
@@ -145,32 +145,27 @@ def _dq_tile(
     lse = _log_sums(lse_ptr, row, inside)
     base_scale = scale * LOG2_E
     dq = zero_head(BLOCK_M, QK_PIECES)
+    low = 0
+    high = length
     if WINDOWED:
         low = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
         high = tl.minimum(first + BLOCK_M + right, length)
-        for key in range(low, high, BLOCK_N):
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, cos_ptr, sin_ptr, seed_ptr, bias_ptr, key,
-                row, start, length, left, right, base_scale, threshold, keep_scale, head, k_stride,
-                v_stride, cos_stride, sin_stride, bias_stride, radius, QK_PIECES, V_PIECES, ROTATE,
-                True, True, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-    else:
-        whole = length // BLOCK_N * BLOCK_N
-        for key in range(0, whole, BLOCK_N):
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, cos_ptr, sin_ptr, seed_ptr, bias_ptr, key,
-                row, start, length, left, right, base_scale, threshold, keep_scale, head, k_stride,
-                v_stride, cos_stride, sin_stride, bias_stride, radius, QK_PIECES, V_PIECES, ROTATE,
-                False, False, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        if whole < length:
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, cos_ptr, sin_ptr, seed_ptr, bias_ptr, whole,
-                row, start, length, left, right, base_scale, threshold, keep_scale, head, k_stride,
-                v_stride, cos_stride, sin_stride, bias_stride, radius, QK_PIECES, V_PIECES, ROTATE,
-                True, False, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+    if PEEL:
+        high = length // BLOCK_N * BLOCK_N
+    for key in range(low, high, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, cos_ptr, sin_ptr, seed_ptr, bias_ptr, key, row,
+            start, length, left, right, base_scale, threshold, keep_scale, head, k_stride, v_stride,
+            cos_stride, sin_stride, bias_stride, radius, QK_PIECES, V_PIECES, ROTATE, not PEEL,
+            WINDOWED, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if PEEL and high < length:
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, cos_ptr, sin_ptr, seed_ptr, bias_ptr, high, row,
+            start, length, left, right, base_scale, threshold, keep_scale, head, k_stride, v_stride,
+            cos_stride, sin_stride, bias_stride, radius, QK_PIECES, V_PIECES, ROTATE, True,
+            WINDOWED, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     _store_unrotated(
         dq_ptr + tile * dq_stride, step, dq_stride, scale_head(dq, scale, QK_PIECES), inside,
         first + rows, cos_ptr, sin_ptr, cos_stride, sin_stride, QK_PIECES, ROPE,
@@ -265,9 +260,9 @@ def backward_kernel(
     v_stride_h, out_stride_t, out_stride_h, dout_stride_t, dout_stride_h, dq_stride_t, dq_stride_h,
     dk_stride_t, dk_stride_h, dv_stride_t, dv_stride_h, cos_stride, sin_stride, bias_stride_h,
     bias_stride_d, radius, PART: tl.constexpr, QK_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
-    ROPE: tl.constexpr, ROTATE: tl.constexpr, WINDOWED: tl.constexpr, HAS_DLSE: tl.constexpr,
-    DROPOUT: tl.constexpr, BIAS: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROPE: tl.constexpr, ROTATE: tl.constexpr, WINDOWED: tl.constexpr, PEEL: tl.constexpr,
+    HAS_DLSE: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RAW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """PART "dq" and "dkv": tiles from the tile list. PART "both": the windowed form."""
     head = tl.program_id(0) % heads
@@ -287,7 +282,7 @@ def backward_kernel(
     lse_ptr += h * total_tokens + start
     if HAS_DLSE:
         dlse_ptr += h * total_tokens + start
-    if PART != "both" or BIAS:  # the bias gradient reads delta too
+    if PART != "both":
         delta_ptr += h * total_tokens + start
     if PART != "dkv":
         out_ptr += row * out_stride_t + h * out_stride_h
@@ -300,7 +295,7 @@ def backward_kernel(
             sin_ptr, seed_ptr, bias_ptr, start, length, first, head, left, right, scale, threshold,
             keep_scale, q_stride_t, k_stride_t, v_stride_t, out_stride_t, dout_stride_t,
             dq_stride_t, cos_stride, sin_stride, bias_stride_d, radius, QK_PIECES, V_PIECES, ROPE,
-            ROTATE, WINDOWED, HAS_DLSE, PART == "dq" or BIAS, DROPOUT, BIAS, RAW, PRECISION,
+            ROTATE, WINDOWED, PEEL, HAS_DLSE, PART == "dq", DROPOUT, BIAS, RAW, PRECISION,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if PART != "dq":

@@ -122,7 +122,8 @@ def forward_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     out_stride_t, out_stride_h, cos_stride, sin_stride, bias_stride_h, bias_stride_d, radius,
     QK_PIECES: tl.constexpr, V_PIECES: tl.constexpr, ROPE: tl.constexpr, WINDOWED: tl.constexpr,
-    DROPOUT: tl.constexpr, BIAS: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+    PEEL: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -147,29 +148,26 @@ def forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_head(BLOCK_M, V_PIECES)
+    low = 0
+    high = length
     if WINDOWED:
         low = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
         high = tl.minimum(first + BLOCK_M + right, length)
-        for key in range(low, high, BLOCK_N):
-            top, norm, acc = _attend(
-                top, norm, acc, q, k_ptr, v_ptr, seed_ptr, bias_ptr, key, row, start, length,
-                left, right, scale, threshold, head, k_stride_t, v_stride_t, bias_stride_d, radius,
-                QK_PIECES, V_PIECES, True, True, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-    else:
-        whole = length // BLOCK_N * BLOCK_N
-        for key in range(0, whole, BLOCK_N):
-            top, norm, acc = _attend(
-                top, norm, acc, q, k_ptr, v_ptr, seed_ptr, bias_ptr, key, row, start, length,
-                left, right, scale, threshold, head, k_stride_t, v_stride_t, bias_stride_d, radius,
-                QK_PIECES, V_PIECES, False, False, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        if whole < length:
-            top, norm, acc = _attend(
-                top, norm, acc, q, k_ptr, v_ptr, seed_ptr, bias_ptr, whole, row, start, length,
-                left, right, scale, threshold, head, k_stride_t, v_stride_t, bias_stride_d, radius,
-                QK_PIECES, V_PIECES, True, False, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+    if PEEL:
+        high = length // BLOCK_N * BLOCK_N
+    for key in range(low, high, BLOCK_N):
+        top, norm, acc = _attend(
+            top, norm, acc, q, k_ptr, v_ptr, seed_ptr, bias_ptr, key, row, start, length, left,
+            right, scale, threshold, head, k_stride_t, v_stride_t, bias_stride_d, radius,
+            QK_PIECES, V_PIECES, not PEEL, WINDOWED, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M,
+            BLOCK_N,
+        )  # fmt: skip
+    if PEEL and high < length:
+        top, norm, acc = _attend(
+            top, norm, acc, q, k_ptr, v_ptr, seed_ptr, bias_ptr, high, row, start, length, left,
+            right, scale, threshold, head, k_stride_t, v_stride_t, bias_stride_d, radius,
+            QK_PIECES, V_PIECES, True, WINDOWED, DROPOUT, BIAS, RAW, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     out_ptr += wide(start + first) * out_stride_t + wide(head) * out_stride_h
     lse_ptr += wide(head) * total_tokens + start + first
     finish(out_ptr, lse_ptr, top, norm, acc, step, row < length, keep_scale, out_stride_t, V_PIECES)

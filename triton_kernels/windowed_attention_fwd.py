@@ -44,7 +44,7 @@ def window_mask(
     first, length, OFFSET: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(seen, distance) of BLOCK_N keys from OFFSET on, relative to the tile; only what can fail."""
+    """Which of the keys from OFFSET on (relative to the tile) are seen: checks what can fail."""
     i = tl.arange(0, BLOCK_M)[:, None]
     j = OFFSET + tl.arange(0, BLOCK_N)[None, :]
     seen = tl.full((BLOCK_M, BLOCK_N), True, tl.int1)
@@ -52,17 +52,17 @@ def window_mask(
         seen = seen & (j >= tl.maximum(i - LEFT, -first))
     if OFFSET + BLOCK_N - 1 > RIGHT or OFFSET + BLOCK_N - 1 > 0:
         seen = seen & (j <= tl.minimum(i + RIGHT, length - 1 - first))
-    return seen, j - i
+    return seen
 
 
 @triton.jit(do_not_specialize=["num_seqs", "total_tokens", "threshold"])
 def windowed_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, cos_ptr, sin_ptr, seed_ptr, bias_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, cos_ptr, sin_ptr, seed_ptr,
     num_seqs, total_tokens, heads, scale, threshold, keep_scale,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    out_stride_t, out_stride_h, cos_stride, sin_stride, bias_stride_h, bias_stride_d, radius,
+    out_stride_t, out_stride_h, cos_stride, sin_stride,
     QK_PIECES: tl.constexpr, V_PIECES: tl.constexpr, ROPE: tl.constexpr,
-    DROPOUT: tl.constexpr, BIAS: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LOW: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +81,6 @@ def windowed_forward_kernel(
         )
     k_ptr += tile * k_stride_t + wide(head) * k_stride_h
     v_ptr += tile * v_stride_t + wide(head) * v_stride_h
-    if BIAS:
-        bias_ptr += head * bias_stride_h
     scale = scale * LOG2_E
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     scores = ()
@@ -95,12 +93,10 @@ def windowed_forward_kernel(
                 k, first + keys, cos_ptr, sin_ptr, cos_stride, sin_stride, QK_PIECES, False, dtype
             )
         s = dot_heads(q, k, BLOCK_M, BLOCK_N, len(QK_PIECES), PRECISION)
-        seen, distance = window_mask(
+        seen = window_mask(
             first, length, LOW + block * BLOCK_N, LEFT, RIGHT, BLOCK_M, BLOCK_N
-        )
-        s = masked_scores(
-            s, distance, seen, bias_ptr, radius, bias_stride_d, scale, BIAS, RAW, True
-        )
+        )  # fmt: skip
+        s = masked_scores(s, None, seen, None, None, None, scale, False, RAW, True)
         top = tl.maximum(top, row_peaks(s, scale, RAW))
         scores += (s,)
     base = tl.where(top == float("-inf"), 0.0, top)
