@@ -1,7 +1,6 @@
 // Between tensors and fp32 scratch: rows converted, rotated, scaled and transposed.
 //
-// Included once per ISA, inside the kernel part of a kernel file. Scratch rows have the stride LD,
-// a multiple of 32 that is a compile-time constant so that the products' addresses fold.
+// Included once per ISA, inside the kernel part of a kernel file. LD is scratch_stride(head_dim).
 #if defined(FASTENC_ATTENTION_PACK_TOGGLE) == defined(FASTENC_ISA_TOGGLE)
 #ifdef FASTENC_ATTENTION_PACK_TOGGLE
 #undef FASTENC_ATTENTION_PACK_TOGGLE
@@ -24,6 +23,16 @@ template <typename T>
 FASTENC_INLINE void store_some(T* p, vf x, int n) {
   n == kLanes ? store(p, x) : store_n(p, x, n);
 }
+
+// Consecutive tokens of a head lie a page apart in a packed qkv, where no hardware prefetcher follows.
+template <typename T>
+FASTENC_INLINE void prefetch_row(const T* row, int64_t n) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < n; d += kCacheLine) {
+    __builtin_prefetch(row + d);
+  }
+}
+constexpr int64_t kPrefetchRows = 8;
 
 // Rotates the pairs (d, d + half) of a row by angle (sign = 1) or back (sign = -1).
 template <typename From, typename To>
@@ -61,6 +70,7 @@ void pack_rows_of(const AttentionProblem& p, const Rows& rows, bool rotated, int
   const int64_t width = (p.head_dim + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = begin; i < end; ++i, y += LD) {
     const T* x = rows.at<T>(start + i, head);
+    prefetch_row(rows.at<T>(start + std::min(i + kPrefetchRows, end - 1), head), p.head_dim);
     zero_row(y + (width - kLanes), kLanes);
     if (rotated) {
       const int64_t table = i * p.rotation.row_stride;
@@ -130,6 +140,7 @@ void unpack_rows_of(const AttentionProblem& p, const Rows& rows, bool rotated, i
                     int64_t head, int64_t begin, int64_t end, float scale, const float* x) {
   for (int64_t i = begin; i < end; ++i, x += LD) {
     T* y = rows.at<T>(start + i, head);
+    prefetch_row(rows.at<T>(start + std::min(i + kPrefetchRows, end - 1), head), p.head_dim);
     if (rotated) {
       const int64_t table = i * p.rotation.row_stride;
       rotate_row(x, y, p.head_dim / 2, p.rotation.cos + table, p.rotation.sin + table, -1.0f,

@@ -24,6 +24,17 @@ namespace fastenc::cpu {
 
 constexpr int64_t kMaxHeadDim = 256;
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
+
+// Row stride of scratch: one of few compile-time constants, so that the products' addresses fold.
+constexpr int64_t scratch_stride(int64_t head_dim) {
+  return head_dim <= 128 ? round_up(head_dim, 32) : kMaxHeadDim;
+}
+
+// A query block that sees at most this many keys takes them in one step: a narrow window.
+constexpr int64_t kSinglePass = 320;
+
 // One matrix of head rows: element (token, head, d) is data[token * token_stride + head *
 // head_stride + d], in elements of dtype.
 struct Rows {
@@ -247,8 +258,9 @@ inline std::vector<AttentionTask> make_tasks(const AttentionProblem& p, int64_t 
   std::vector<AttentionTask> tasks;
   tasks.reserve(count(chunk));
   for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
-    for (int64_t head = 0; head < p.heads; ++head) {
-      for (int64_t begin = 0; begin < p.length(seq); begin += chunk) {
+    // All heads of a chunk in turn: they share its pages.
+    for (int64_t begin = 0; begin < p.length(seq); begin += chunk) {
+      for (int64_t head = 0; head < p.heads; ++head) {
         tasks.push_back({static_cast<int32_t>(seq), static_cast<int32_t>(head),
                          static_cast<int32_t>(begin),
                          static_cast<int32_t>(std::min(begin + chunk, p.length(seq)))});

@@ -9,8 +9,10 @@
 
 namespace fastenc::cpu::FASTENC_ISA {
 
-constexpr float kLog2e = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
+constexpr float kLog2e = 1.44269502f;
+constexpr float kLog2eLow = 1.92596299e-8f;  // log2 e - kLog2e
+constexpr float kLn2 = 0.693147182f;
+constexpr float kLn2Low = -1.90465421e-9f;  // ln 2 - kLn2
 
 // One (sequence, head), as the block functions need it. Keys and queries are indices within the
 // sequence; a window side that is unlimited is at least the length.
@@ -20,9 +22,48 @@ struct AttentionScope {
   int64_t head;
   int64_t left;
   int64_t right;
-  const float* bias;  // bias[i - j + length] in units of log2 e, or null
+  const float* bias;  // by bias_index(), in units of log2 e, or null
   const Dropout* dropout;
 };
+
+inline AttentionScope make_scope(const AttentionProblem& p, int64_t seq, int64_t head) {
+  const int64_t n = p.length(seq);
+  return {p.cu_seqlens[seq], n, head, p.left(n), p.right(n), nullptr, &p.dropout};
+}
+
+// Keys that a block of queries sees at most: rounding both ends to multiples of 4 adds up to 6.
+inline int64_t most_keys(const AttentionScope& s, int64_t queries) {
+  return std::min(s.length, s.left + s.right + queries + 6);
+}
+
+// The bias as one array in which the queries of one key lie side by side. Keys are padded to a
+// multiple of 4, queries to a block.
+constexpr int64_t kBiasMargin = 4;
+
+inline int64_t bias_index(const AttentionScope& s, int64_t query, int64_t key) {
+  return query - key + s.length + kBiasMargin;
+}
+
+inline int64_t bias_distance(const AttentionScope& s, int64_t index, int64_t radius) {
+  return std::clamp(s.length + kBiasMargin - index, -radius, radius);
+}
+
+inline int64_t bias_size(const AttentionProblem& p, const AttentionScope& s) {
+  return p.bias_table ? 2 * (s.length + kBiasMargin + kLanes) : 0;
+}
+
+inline void expand_bias(const AttentionProblem& p, AttentionScope* s, float* bias) {
+  if (p.bias_table == nullptr) {
+    return;
+  }
+  const int64_t radius = p.bias_radius;
+  const float* table = p.bias_table + s->head * (2 * radius + 1) + radius;
+  const int64_t size = bias_size(p, *s);
+  for (int64_t t = 0; t < size; ++t) {
+    bias[t] = table[bias_distance(*s, t, radius)] * kLog2e;
+  }
+  s->bias = bias;
+}
 
 // Which rows of a score block [key_begin, key_end) a vector of queries from `query` sees: all lanes
 // see rows [full_begin, full_end), some lanes see others. Both are clamped to the block.
@@ -59,7 +100,7 @@ struct QueryReach {
 };
 
 FASTENC_INLINE vf bias_at(const AttentionScope& s, int64_t query, int64_t key) {
-  return load(s.bias + (query - key + s.length));
+  return load(s.bias + bias_index(s, query, key));
 }
 
 // Words of the four keys from `key` (a multiple of 4) for kLanes queries from `query`.

@@ -26,11 +26,6 @@ namespace fastenc::cpu::FASTENC_ISA {
 constexpr int64_t kKeyPack = 512;
 // One step of the online softmax.
 constexpr int64_t kKeyBlock = 128;
-// A query block that sees at most this many keys takes them in one step.
-constexpr int64_t kSinglePass = 320;
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
 
 template <int LD, int NV>
 class ForwardChunk {
@@ -38,12 +33,11 @@ class ForwardChunk {
   static constexpr int64_t kQueries = NV * kLanes;
 
   ForwardChunk(const AttentionForward& call, const AttentionTask& task)
-      : call_(call), p_(*call.problem), task_(task) {
-    const int64_t n = p_.length(task.seq);
-    scope_ = {p_.cu_seqlens[task.seq], n, task.head, p_.left(n), p_.right(n), nullptr,
-              &p_.dropout};
-    // Rounding both ends of a window to multiples of 4 adds at most 6 keys.
-    single_pass_ = std::min(n, scope_.left + scope_.right + kQueries + 6) <= kSinglePass;
+      : call_(call),
+        p_(*call.problem),
+        task_(task),
+        scope_(make_scope(*call.problem, task.seq, task.head)) {
+    single_pass_ = most_keys(scope_, kQueries) <= kSinglePass;
     blocks_ = (task.end - task.begin + kQueries - 1) / kQueries;
   }
 
@@ -51,24 +45,37 @@ class ForwardChunk {
     const int64_t keys_begin = round_down(std::max<int64_t>(0, task_.begin - scope_.left), 4);
     const int64_t keys_end = std::min(scope_.length, task_.end + scope_.right);
     const int64_t pack_rows_max = round_up(single_pass_ ? keys_end - keys_begin : kKeyPack, 4);
-    const int64_t bias_size = p_.bias_table ? 2 * scope_.length + kQueries : 0;
+    const int64_t slots = single_pass_ ? 1 : blocks_;
     float* bias;
     carve_scratch({{&keys_, pack_rows_max * LD},
                    {&values_, pack_rows_max * LD},
-                   {&queries_, blocks_ * LD * kQueries},
-                   {&outs_, blocks_ * LD * kQueries},
-                   {&tops_, blocks_ * kQueries},
-                   {&sums_, blocks_ * kQueries},
+                   {&queries_, slots * LD * kQueries},
+                   {&outs_, slots * LD * kQueries},
+                   {&tops_, slots * kQueries},
+                   {&sums_, slots * kQueries},
                    {&scores_, kSinglePass * kQueries},
                    {&rows_, LD * kQueries},
                    {&factors_, kQueries},
-                   {&bias, bias_size}});
-    expand_bias(bias);
-    pack_queries();
+                   {&bias, bias_size(p_, scope_)}});
+    expand_bias(p_, &scope_, bias);
+    if (single_pass_) {
+      pack_keys(keys_begin, keys_end);
+      for (int64_t block = 0; block < blocks_; ++block) {
+        pack_queries(block);
+        attend(block, keys_begin, keys_end);
+        finish(block);
+      }
+      return;
+    }
+    for (int64_t block = 0; block < blocks_; ++block) {
+      pack_queries(block);
+    }
     for (int64_t begin = keys_begin; begin < keys_end;) {
-      const int64_t end =
-          single_pass_ ? keys_end : std::min(round_down(begin, kKeyPack) + kKeyPack, keys_end);
-      attend(begin, end);
+      const int64_t end = std::min(round_down(begin, kKeyPack) + kKeyPack, keys_end);
+      pack_keys(begin, end);
+      for (int64_t block = 0; block < blocks_; ++block) {
+        attend(block, begin, end);
+      }
       begin = end;
     }
     for (int64_t block = 0; block < blocks_; ++block) {
@@ -79,57 +86,46 @@ class ForwardChunk {
  private:
   int64_t query_of(int64_t block) const { return task_.begin + block * kQueries; }
 
-  void expand_bias(float* bias) {
-    if (p_.bias_table == nullptr) {
-      return;
-    }
-    const int64_t radius = p_.bias_radius;
-    const float* table = p_.bias_table + task_.head * (2 * radius + 1) + radius;
-    for (int64_t t = 0; t < 2 * scope_.length + kQueries; ++t) {
-      const int64_t distance = scope_.length - t;  // j - i
-      bias[t] = table[std::clamp(distance, -radius, radius)] * kLog2e;
-    }
-    scope_.bias = bias;
+  // Where the state of a block is kept: all blocks' between packs, else one's.
+  int64_t slot(int64_t block) const { return single_pass_ ? 0 : block; }
+
+  void pack_queries(int64_t block) {
+    const int64_t begin = query_of(block);
+    const int64_t end = std::min<int64_t>(begin + kQueries, task_.end);
+    pack_rows<LD>(p_, p_.q, true, scope_.start, scope_.head, begin, end, kQueries,
+                  p_.scale * kLog2e, rows_);
+    transpose_in<LD, NV>(rows_, p_.head_dim, queries_ + slot(block) * LD * kQueries);
   }
 
-  void pack_queries() {
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const int64_t begin = query_of(block);
-      const int64_t end = std::min<int64_t>(begin + kQueries, task_.end);
-      pack_rows<LD>(p_, p_.q, true, scope_.start, scope_.head, begin, end, kQueries,
-                    p_.scale * kLog2e, rows_);
-      transpose_in<LD, NV>(rows_, p_.head_dim, queries_ + block * LD * kQueries);
-    }
-  }
-
-  // All queries of the chunk against keys [begin, end).
-  void attend(int64_t begin, int64_t end) {
+  void pack_keys(int64_t begin, int64_t end) {
     const int64_t padded = round_up(end - begin, 4);
     pack_rows<LD>(p_, p_.k, true, scope_.start, scope_.head, begin, end, padded, 1.0f, keys_);
     pack_rows<LD>(p_, p_.v, false, scope_.start, scope_.head, begin, end, padded, 1.0f, values_);
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const int64_t query = query_of(block);
-      const int64_t first_key = round_down(std::max<int64_t>(0, query - scope_.left), 4);
-      const int64_t lo = std::max(begin, first_key);
-      const int64_t hi = std::min(begin + padded,
-                                  round_up(query + kQueries + scope_.right, 4));
-      for (int64_t j = lo; j < hi;) {
-        const int64_t next = single_pass_ ? hi : std::min(round_down(j, kKeyBlock) + kKeyBlock, hi);
-        step(block, j, next, j == first_key, begin);
-        j = next;
-      }
+  }
+
+  // One block of queries against the packed keys [begin, end).
+  void attend(int64_t block, int64_t begin, int64_t end) {
+    const int64_t query = query_of(block);
+    const int64_t first_key = round_down(std::max<int64_t>(0, query - scope_.left), 4);
+    const int64_t lo = std::max(begin, first_key);
+    const int64_t hi = std::min(begin + round_up(end - begin, 4),
+                                round_up(query + kQueries + scope_.right, 4));
+    for (int64_t j = lo; j < hi;) {
+      const int64_t next = single_pass_ ? hi : std::min(round_down(j, kKeyBlock) + kKeyBlock, hi);
+      step(block, j, next, j == first_key, begin);
+      j = next;
     }
   }
 
   void step(int64_t block, int64_t key, int64_t key_end, bool first, int64_t pack_begin) {
     const float* k = keys_ + (key - pack_begin) * LD;
     const float* v = values_ + (key - pack_begin) * LD;
-    const float* q = queries_ + block * LD * kQueries;
-    float* out = outs_ + block * LD * kQueries;
+    const float* q = queries_ + slot(block) * LD * kQueries;
+    float* out = outs_ + slot(block) * LD * kQueries;
     const int64_t rows = key_end - key;
     scores_of<LD, NV>(rows, p_.head_dim, k, q, scores_);
     softmax_block<NV>(scope_, query_of(block), key, key_end, first, scores_,
-                      {tops_ + block * kQueries, sums_ + block * kQueries, factors_});
+                      {tops_ + slot(block) * kQueries, sums_ + slot(block) * kQueries, factors_});
     const int64_t width = round_up(p_.head_dim, 4);
     if (first) {
       gemm<NV, Into::kOverwrite>(width, rows, v, 1, LD, scores_, kQueries, out, kQueries);
@@ -143,11 +139,12 @@ class ForwardChunk {
     const int64_t end = std::min<int64_t>(begin + kQueries, task_.end);
     const vf keep = set(p_.dropout.keep_scale);
     for (int v = 0; v < NV; ++v) {
-      const int64_t at = block * kQueries + v * kLanes;
+      const int64_t at = slot(block) * kQueries + v * kLanes;
       const vf sum = load(sums_ + at);
       const vm empty = sum == zero();
       store(factors_ + v * kLanes, zero_unless(!empty, keep / sum));
-      const vf lse = fma(load(tops_ + at), set(kLn2), log(sum));
+      const vf top = load(tops_ + at);
+      const vf lse = fma(top, set(kLn2), fma(top, set(kLn2Low), log(sum)));
       const vf defined = select(is_nan(sum), sum, lse);
       const vf minus_infinity = set(-std::numeric_limits<float>::infinity());
       const int64_t token = begin + v * kLanes;
@@ -156,7 +153,7 @@ class ForwardChunk {
                 select(empty, minus_infinity, defined), lanes_left(end, token));
       }
     }
-    transpose_out<LD, NV>(outs_ + block * LD * kQueries, p_.head_dim, factors_, rows_);
+    transpose_out<LD, NV>(outs_ + slot(block) * LD * kQueries, p_.head_dim, factors_, rows_);
     unpack_rows<LD>(p_, call_.out, false, scope_.start, scope_.head, begin, end, 1.0f, rows_);
   }
 
@@ -174,9 +171,7 @@ class ForwardChunk {
 template <int LD>
 void forward_task_of(const AttentionForward& call, const AttentionTask& task) {
 #if FASTENC_ISA_LEVEL == FASTENC_ISA_AVX512
-  const AttentionProblem& p = *call.problem;
-  const int64_t n = p.length(task.seq);
-  if (std::min(n, p.left(n) + p.right(n) + 1) <= kSinglePass - 2 * kLanes) {
+  if (most_keys(make_scope(*call.problem, task.seq, task.head), kLanes) <= kSinglePass) {
     ForwardChunk<LD, 1>(call, task).run();
     return;
   }
@@ -185,12 +180,12 @@ void forward_task_of(const AttentionForward& call, const AttentionTask& task) {
 }
 
 void forward_task(const AttentionForward& call, const AttentionTask& task) {
-  const int64_t d = call.problem->head_dim;
-  d <= 32    ? forward_task_of<32>(call, task)
-  : d <= 64  ? forward_task_of<64>(call, task)
-  : d <= 96  ? forward_task_of<96>(call, task)
-  : d <= 128 ? forward_task_of<128>(call, task)
-             : forward_task_of<kMaxHeadDim>(call, task);
+  const int64_t stride = scratch_stride(call.problem->head_dim);
+  stride == 32    ? forward_task_of<32>(call, task)
+  : stride == 64  ? forward_task_of<64>(call, task)
+  : stride == 96  ? forward_task_of<96>(call, task)
+  : stride == 128 ? forward_task_of<128>(call, task)
+                  : forward_task_of<kMaxHeadDim>(call, task);
 }
 
 }  // namespace fastenc::cpu::FASTENC_ISA
@@ -200,9 +195,8 @@ void forward_task(const AttentionForward& call, const AttentionTask& task) {
 namespace fastenc::cpu {
 namespace {
 
-// A task is a chunk of queries: 256 of them with the keys and values of a window, twice
-// 96 KB at head_dim 64, fit the L2 caches of today.
-constexpr int64_t kForwardChunk = 256;
+// Queries in a task: a window of 128 makes 5/4 of them keys to pack, 320 KB at head_dim 64.
+constexpr int64_t kForwardChunk = 512;
 
 std::tuple<Tensor, Tensor> forward(const AttentionProblem& p, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {p.total_tokens, p.heads, p.head_dim});

@@ -1,0 +1,292 @@
+import itertools
+import os
+import subprocess
+import sys
+
+import op_tests
+import pytest
+import torch
+
+import fastenc
+from fastenc import testing
+from fastenc.ops._philox import keep_mask
+
+WINDOWS = ((-1, -1), (0, 0), (16, 16), (64, 64), (-1, 0), (5, 17), (300, 7))
+
+
+@op_tests.parity_params("varlen_attention")
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_parity(case, dtype, backend):
+    op_tests.check_parity(case, dtype, backend)
+
+
+@op_tests.parity_params("rope_varlen_attention")
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_rope_parity(case, dtype, backend):
+    op_tests.check_parity(case, dtype, backend)
+
+
+def _case(op, lengths, heads, head_dim, window, *rest):
+    make = (testing._attention if op == "varlen_attention" else testing._rope_attention)(
+        lengths, heads, head_dim, window, *rest
+    )
+    return testing.Case(op, f"{lengths}-d{head_dim}-w{window}", make, {})
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [(321, 0, 1, 515), (2500, 3)], ids=str)
+def test_parity_past_one_block_and_one_part(lengths, window):
+    """Lengths at which keys come in several steps, packs and backward parts."""
+    op_tests.check_parity(
+        _case("varlen_attention", lengths, 1, 32, window, True, True), torch.float32, "cpu"
+    )
+    op_tests.check_parity(
+        _case("rope_varlen_attention", lengths, 1, 32, window), torch.float32, "cpu"
+    )
+
+
+def _packed(lengths, heads=2, head_dim=32, dtype=torch.float32):
+    total = sum(lengths)
+    qkv = torch.randn(total, 3, heads, head_dim).to(dtype)
+    return qkv, testing.cu_seqlens_of(lengths, "cpu"), max([*lengths, 1])
+
+
+def _attend(qkv, cu_seqlens, longest, window, **options):
+    return fastenc.varlen_attention(*qkv.unbind(1), cu_seqlens, longest, window, **options)
+
+
+def _gradient(qkv, cotangent, *args, **options):
+    leaf = qkv.detach().requires_grad_()
+    return torch.autograd.grad(_attend(leaf, *args, **options), leaf, cotangent)[0]
+
+
+LENGTHS = (65, 0, 129, 1, 400, 33)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_sequences_are_independent(window):
+    """Bit-equal to each sequence alone, forward and backward, whatever NaNs the others hold."""
+    qkv, cu_seqlens, longest = _packed(LENGTHS)
+    cotangent = torch.randn(qkv.shape[0], *qkv.shape[2:])
+    edges = cu_seqlens.tolist()
+    for start, end in itertools.pairwise(edges):
+        poisoned = torch.full_like(qkv, torch.nan)
+        poisoned[start:end] = qkv[start:end]
+        alone = testing.cu_seqlens_of((end - start,), "cpu"), end - start or 1, window
+        together = cu_seqlens, longest, window
+        expected = _attend(qkv[start:end], *alone)
+        assert torch.equal(_attend(poisoned, *together)[start:end], expected)
+        expected = _gradient(qkv[start:end], cotangent[start:end], *alone)
+        assert torch.equal(_gradient(poisoned, cotangent, *together)[start:end], expected)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64)])
+def test_independent_of_threads(window):
+    qkv, cu_seqlens, longest = _packed((700, 3, 2500), heads=1)
+    cotangent = torch.randn(qkv.shape[0], *qkv.shape[2:])
+    rel_bias = torch.randn(1, 32)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        try:
+            args = cu_seqlens, longest, window
+            out = _attend(qkv, *args, rel_bias=rel_bias, dropout_p=0.1, seed=3)
+            leaf = rel_bias.clone().requires_grad_()
+            grad = _gradient(qkv, cotangent, *args, rel_bias=leaf, dropout_p=0.1, seed=3)
+            results.append((out, grad))
+        finally:
+            torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+def test_wide_window_is_no_window():
+    qkv, cu_seqlens, longest = _packed(LENGTHS)
+    unlimited = _attend(qkv, cu_seqlens, longest, (-1, -1))
+    assert torch.equal(_attend(qkv, cu_seqlens, longest, (longest, longest)), unlimited)
+    assert torch.equal(_attend(qkv, cu_seqlens, longest, (2**40, longest)), unlimited)
+
+
+def test_strides_do_not_matter():
+    qkv, cu_seqlens, longest = _packed(LENGTHS)
+    expected = _attend(qkv, cu_seqlens, longest, (16, 16))
+    heads_first = qkv.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    assert torch.equal(_attend(heads_first, cu_seqlens, longest, (16, 16)), expected)
+    strided_rows = torch.stack([qkv, qkv], dim=-1)[..., 1]
+    assert torch.equal(_attend(strided_rows, cu_seqlens, longest, (16, 16)), expected)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("window", [(-1, -1), (5, 17)])
+def test_dropout_mask_is_the_shared_one(p, window):
+    """With v = one-hot of the key, the output is the dropped probability matrix itself."""
+    length, heads, seed = 32, 3, torch.tensor([-(2**62) + 12345])
+    lengths = (7, length)
+    qkv, cu_seqlens, longest = _packed(lengths, heads)
+    qkv[7:, 2] = torch.eye(length)[:, None]
+    out = _attend(qkv, cu_seqlens, longest, window, dropout_p=p, seed=seed)[7:]
+    full = _attend(qkv, cu_seqlens, longest, window)[7:]
+    kept = keep_mask(torch.arange(7, 7 + length), length, heads, p, seed)
+    expected = full.transpose(0, 1) * kept / (1 - p)
+    torch.testing.assert_close(out.transpose(0, 1), expected)
+    assert ((out == 0) == (expected.transpose(0, 1) == 0)).all()
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("op", ["varlen_attention", "rope_varlen_attention"])
+def test_dropout_parity(op, dtype):
+    """The reference draws the same mask, so gradients through dropout obey the parity rule."""
+    for window in ((-1, -1), (64, 64)):
+        rest = (False, True) if op == "varlen_attention" else ()
+        case = _case(op, (7, 130, 0, 400), 2, 32, window, *rest)
+        args, options = case.make(dtype)
+        options |= {"dropout_p": 0.2, "seed": torch.tensor([99])}
+        same = testing.Case(op, case.name, lambda *_, a=args, o=options: (a, o), {})
+        op_tests.check_parity(same, dtype, "cpu")
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (3, 3)])
+def test_no_memory_is_left_unwritten(window, monkeypatch):
+    """Outputs and gradients are the same when fresh memory holds NaN."""
+    qkv, cu_seqlens, longest = _packed((0, 65, 1, 0), head_dim=33)
+    args = cu_seqlens, longest, window
+    cotangent = torch.randn(qkv.shape[0], *qkv.shape[2:])
+    expected = _attend(qkv, *args), _gradient(qkv, cotangent, *args)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        actual = _attend(qkv, *args), _gradient(qkv, cotangent, *args)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """Parity of a few cases in a process of its own; an ISA that this machine lacks is skipped."""
+    program = """
+import op_tests, torch
+from fastenc import testing
+for op in ("varlen_attention", "rope_varlen_attention"):
+    for i, case in enumerate(testing.cases(op)):
+        if i % 3 == 0:
+            op_tests.check_parity(case, testing.DTYPES[i % len(testing.DTYPES)], "cpu")
+"""
+    environment = {**os.environ, "FASTENC_CPU_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    if "is not possible on this machine" in done.stderr:
+        pytest.skip(f"no {isa} on this machine")
+    assert done.returncode == 0, done.stderr
+
+
+def _raw(lengths=(5, 4), head_dim=8):
+    qkv, cu_seqlens, longest = _packed(lengths, head_dim=head_dim)
+    q, k, v = qkv.unbind(1)
+    return [q, k, v, cu_seqlens, longest, 2, 2, 0.3, 0.0, None, None]
+
+
+def _rope_raw(lengths=(5, 4), head_dim=8):
+    qkv, cu_seqlens, longest = _packed(lengths, head_dim=head_dim)
+    cos, sin = testing.rope_tables(longest, head_dim)
+    return [qkv, cos, sin, cu_seqlens, longest, 2, 2, 0.3, 0.0, None]
+
+
+def test_opcheck():
+    args = _raw()
+    for x in args[:3]:
+        x.requires_grad_()
+    op_tests.check_opcheck(next(testing.cases("varlen_attention")), tuple(args))
+    args = _rope_raw()
+    args[0].requires_grad_()
+    op_tests.check_opcheck(next(testing.cases("rope_varlen_attention")), tuple(args))
+
+
+def _unsafe():
+    def changed(make, index, value):
+        args = make()
+        args[index] = value(args[index]) if callable(value) else value
+        return args
+
+    def int32(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
+    yield "past the end", "varlen_attention", changed(_raw, 3, int32(0, 5, 10)), "cu_seqlens"
+    yield "decreasing", "varlen_attention", changed(_raw, 3, int32(0, 12, 5, 9)), "cu_seqlens"
+    yield "negative", "varlen_attention", changed(_raw, 3, int32(-1, 9)), "cu_seqlens"
+    yield "no entry", "varlen_attention", changed(_raw, 3, int32()), "cu_seqlens"
+    yield "int64", "varlen_attention", changed(_raw, 3, lambda x: x.long()), "int32"
+    yield "longer than max", "varlen_attention", changed(_raw, 4, 4), "max_seqlen"
+    yield "k shorter", "varlen_attention", changed(_raw, 1, lambda x: x[1:]), "k: expected size 9"
+    yield "v narrower", "varlen_attention", changed(_raw, 2, lambda x: x[..., 1:]), "v: expected"
+    yield "float64", "varlen_attention", changed(_raw, 0, lambda x: x.double()), "float32"
+    yield "head_dim 257", "varlen_attention", _raw(head_dim=257), "head_dim"
+    yield "even table", "varlen_attention", changed(_raw, 10, torch.zeros(2, 4)), "rel_bias"
+    yield "dropout, no seed", "varlen_attention", changed(_raw, 8, 0.5), "seed"
+    yield "short cos", "rope_varlen_attention", changed(_rope_raw, 1, lambda x: x[1:]), "cos"
+    yield "narrow sin", "rope_varlen_attention", changed(_rope_raw, 2, lambda x: x[:, 1:]), "sin"
+
+
+@pytest.mark.parametrize(("name", "op", "args", "words"), _unsafe(), ids=lambda v: str(v)[:20])
+def test_raw_op_is_memory_safe(name, op, args, words):
+    with pytest.raises(RuntimeError, match=words):
+        getattr(torch.ops.fastenc_cpu, f"{op}_fwd")(*args)
+
+
+def _misuse():
+    qkv, cu_seqlens, longest = _packed((5, 4))
+    q, k, v = qkv.unbind(1)
+    good = q, k, v, cu_seqlens, longest
+    yield "shapes differ", (q, k[..., 1:], v, cu_seqlens, longest), {}, ValueError, "shape of q"
+    yield "dtypes differ", (q, k.half(), v, cu_seqlens, longest), {}, (TypeError, ValueError), "k"
+    yield "window", good, {"window_size": (-2, 0)}, ValueError, "window_size"
+    yield "one window", good, {"window_size": 3}, TypeError, "window_size"
+    yield "dropout of 1", good, {"dropout_p": 1.0}, ValueError, "dropout_p"
+    yield "longest too small", (q, k, v, cu_seqlens, 4), {}, ValueError, "max_seqlen"
+    yield "odd buckets", good, {"rel_bias": torch.zeros(2, 31)}, ValueError, "rel_bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "error", "words"), _misuse(), ids=lambda v: str(v)[:20]
+)
+def test_misuse(name, args, options, error, words):
+    with pytest.raises(error, match=words):
+        fastenc.varlen_attention(*args, **options)
+
+
+def test_empty():
+    qkv, _, _ = _packed(())
+    for cu_seqlens in ([0], [0, 0], [0, 0, 0]):
+        edges = torch.tensor(cu_seqlens, dtype=torch.int32)
+        leaf = qkv.detach().requires_grad_()
+        out = _attend(leaf, edges, 1, (-1, -1))
+        out.sum().backward()
+        assert out.shape == (0, 2, 32)
+        assert leaf.grad.shape == leaf.shape
+
+
+def test_autocast():
+    qkv, cu_seqlens, longest = _packed((9, 20))
+    leaf = qkv.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = _attend(leaf, cu_seqlens, longest, (4, 4))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert leaf.grad.dtype == torch.float32
+
+
+def test_compiles():
+    def make_args(total):
+        qkv, cu_seqlens, _ = _packed((total // 2, total - total // 2))
+        return qkv, cu_seqlens, total
+
+    op_tests.check_compiles(lambda qkv, *rest: _attend(qkv, *rest, (4, 4)), make_args)
+
+
+def test_repeatable():
+    for case in list(testing.cases("varlen_attention", "small")):
+        op_tests.check_repeatable(case, torch.float32, 2)
