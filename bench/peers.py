@@ -40,10 +40,10 @@ def fastenc_model(model, folder) -> Runner:
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
-def fastenc_accelerate(model, folder) -> Runner:
+def fastenc_prepacked(model, folder) -> Runner:
     import fastenc
 
-    model = fastenc.accelerate(type(model).from_pretrained(folder).eval())
+    model = fastenc.accelerate(type(model).from_pretrained(folder).eval(), prepack=True)
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
@@ -117,7 +117,7 @@ def openvino_runtime(model, folder) -> Runner:
 
 PEERS: dict[str, Callable[[torch.nn.Module, Path], Runner]] = {
     "fastenc": fastenc_model,
-    "fastenc.accelerate": fastenc_accelerate,
+    "fastenc prepacked": fastenc_prepacked,
     "transformers sdpa": transformers_with("sdpa"),
     "transformers eager": transformers_with("eager"),
     "transformers torch.compile": torch_compile,

@@ -9,7 +9,7 @@ from bench import measure
 
 DOCS = Path(__file__).parent.parent / "docs"
 PEER_COLOURS = {
-    "fastenc": "#0b6e4f", "fastenc.accelerate": "#6bbf9c", "transformers sdpa": "#c44536",
+    "fastenc": "#0b6e4f", "fastenc prepacked": "#6bbf9c", "transformers sdpa": "#c44536",
     "transformers eager": "#e09f8f", "transformers torch.compile": "#7a5195",
     "ONNX Runtime": "#ef8e19", "OpenVINO": "#4a7fb5",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastenc
 from fastenc import testing
 from fastenc.nn import linear
 
@@ -89,3 +90,22 @@ def test_autocast_and_compile_are_plain():
     with torch.no_grad():
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_accelerate_packs_on_request_and_restore_undoes_it():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = BertModel(config).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    with torch.inference_mode():
+        plain = model(ids).last_hidden_state
+        assert fastenc.accelerate(model, prepack=True) is model
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        assert {type(m) for m in layers} == {linear.PrepackedLinear}
+        torch.testing.assert_close(model(ids).last_hidden_state, plain)
+        fastenc.restore(model)
+    assert type(model) is BertModel and {type(m) for m in layers} == {nn.Linear}

@@ -22,7 +22,7 @@ _HANDLERS = {
 }
 
 
-def accelerate(obj: T) -> T:
+def accelerate(obj: T, *, prepack: bool = False) -> T:
     """Speed up a live object of another library, in place; the numbers stay the same.
 
     Parameter names, ``state_dict``, pickling and copying stay as they are; doing it twice does
@@ -32,6 +32,9 @@ def accelerate(obj: T) -> T:
 
     Args:
         obj: a transformers model, or any module that contains one.
+        prepack: also keep the weights of its linear layers in the layout of the CPU's matrix
+            product (:func:`fastenc.nn.prepack`): faster without gradients, at the memory of those
+            weights once more.
 
     Returns:
         ``obj`` itself.
@@ -39,7 +42,7 @@ def accelerate(obj: T) -> T:
     Raises:
         TypeError: nothing in ``obj`` is known; the message lists what is.
     """
-    return _handler(obj).accelerate(obj)
+    return _handler(obj).accelerate(obj, prepack=prepack)
 
 
 def restore(obj: T) -> T:

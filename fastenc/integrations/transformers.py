@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from fastenc.models._takeover import give_back, is_ours, our_class, supported, take_over
+from fastenc.nn import linear
 from fastenc.ops._registry import note_fallback
 
 
-def accelerate(obj: nn.Module) -> nn.Module:
+def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     """Take over every supported transformers model in ``obj``, itself included."""
     found = False
     for module in obj.modules():
@@ -26,11 +27,11 @@ def accelerate(obj: nn.Module) -> nn.Module:
             f"accelerate: {type(obj).__module__}.{type(obj).__qualname__} contains none of "
             f"transformers' {', '.join(supported())}"
         )
-    return obj
+    return linear.prepack(obj) if prepack else obj
 
 
 def restore(obj: nn.Module) -> nn.Module:
     """Give every model in ``obj`` that accelerate took over its own class back."""
     for module in obj.modules():
         give_back(module)
-    return obj
+    return linear.unpack(obj)
