@@ -25,6 +25,10 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
         "original_max_position_embeddings": 16}  # fmt: skip
+LLAMA = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "rope_theta": 1e4, "original_max_position_embeddings": 16}  # fmt: skip
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}  # fmt: skip
 CONFIGS = {
     "plain": {},
     "biases": {"norm_bias": True, "attention_bias": True, "mlp_bias": True},
@@ -38,6 +42,9 @@ CONFIGS = {
     "window of one": {"local_attention": 1},
     "wide heads": {"num_attention_heads": 1, "hidden_size": 96},
     "linear rope": {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
+    "llama and long rope": {
+        "rope_parameters": {"full_attention": LLAMA, "sliding_attention": LONG}
+    },
     "dynamic rope": {"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": YARN}},
 }
 
@@ -79,10 +86,16 @@ def test_padding(side, dtype):
     check_model(ours, reference, inputs, dtype)
 
 
+def test_half_precision():
+    ours, reference = pair()
+    ids, mask = padded((23, 7, 1), 23, 99)
+    check_model(ours, reference, {"input_ids": ids, "attention_mask": mask}, torch.float16)
+
+
 def test_beyond_the_dynamic_rope_and_the_table():
-    for options in (CONFIGS["dynamic rope"], {}):
+    for options in (CONFIGS["dynamic rope"], CONFIGS["llama and long rope"], {}):
         ours, reference = pair(**options)
-        for columns in (40, 90, 30):
+        for columns in (12, 90, 30):
             inputs = {"input_ids": padded((columns,), columns, 99)[0]}
             check_model(ours, reference, inputs)
 

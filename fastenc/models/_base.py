@@ -185,7 +185,7 @@ class PackedModel(StrictLoading):
     def _check_ids(self, ids: Tensor | None) -> None:
         """Token ids that no embedding row serves, said before the embedding op crashes on them."""
         size = getattr(self.get_input_embeddings(), "num_embeddings", None)
-        if ids is None or size is None or ids.numel() == 0 or not _checks.readable(ids):
+        if ids is None or size is None or not _checks.readable(ids) or ids.numel() == 0:
             return
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= size:

@@ -110,7 +110,7 @@ def _default_positions(embeddings: nn.Module, batch: VarlenBatch) -> Tensor:
 
 def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
     limit = getattr(embeddings.position_embeddings, "num_embeddings", None)
-    if limit is None or positions.numel() == 0 or not _checks.readable(positions):
+    if limit is None or not _checks.readable(positions) or positions.numel() == 0:
         return
     highest = int(positions.amax())
     if highest >= limit:

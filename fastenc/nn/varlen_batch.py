@@ -258,6 +258,11 @@ def _from_mask(cls, attention_mask: Tensor, shape: tuple[int, int]) -> VarlenBat
     first = real.byte().argmax(1)
     last = columns - 1 - real.flip(1).byte().argmax(1)
     holes = ((last - first + 1 != lengths) & (lengths > 0)).any()
+    if torch.compiler.is_exporting():
+        torch._assert_async(~holes, "an exported model takes no attention_mask with holes")
+        edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        indices = real.flatten().nonzero().squeeze(1)
+        return cls(edges, columns, indices.shape[0], None, shape, indices)
     total, longest, gaps = torch.stack([lengths.sum(), lengths.amax(), holes.long()]).tolist()
     if total == rows * columns:
         return _dense(cls, shape, attention_mask.device)

@@ -1,0 +1,248 @@
+"""Accelerated models among the libraries they live with: PEFT, Trainer, DDP, compile, export."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import test_accelerate_heads as heads
+import test_bert
+import test_modernbert
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from model_tests import check_gradients, outputs_and_gradients, padded, telling
+from torch import nn
+
+import fastenc
+from fastenc.nn import packed_forward_of
+
+BASES = {
+    "ModernBert": lambda: transformers.ModernBertModel(
+        test_modernbert.config_of(num_hidden_layers=2)
+    ),
+    "Bert": lambda: transformers.BertModel(
+        transformers.BertConfig(**test_bert.TINY | {"num_hidden_layers": 2})
+    ),
+}
+
+
+@pytest.fixture(params=BASES)
+def reference(request) -> nn.Module:
+    return telling(BASES[request.param]()).eval()
+
+
+def inputs_of() -> dict:
+    ids, mask = padded((23, 7, 1), 23, 99, "right")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------
+
+
+def with_lora(model: nn.Module, **options) -> nn.Module:
+    targets = "all-linear" if type(model).__name__[:4] == "Bert" else ["Wqkv", "Wo", "Wi"]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, lora_dropout=0.0, init_lora_weights=False, **options
+    )
+    return peft.get_peft_model(model, config)
+
+
+def lora_parity(wrapped: nn.Module, plain: nn.Module) -> None:
+    """As check_model, on the parameters that adapters leave trainable."""
+    inputs = inputs_of()
+    real = inputs["attention_mask"] != 0
+    with fastenc.record() as ran:
+        _, actual = outputs_and_gradients(wrapped, inputs, real)
+    assert ran.fallbacks == [] and "add_layer_norm" in ran.calls
+    _, expected = outputs_and_gradients(plain, inputs, real)
+    _, exact = outputs_and_gradients(copy.deepcopy(plain).double(), inputs, real)
+    assert actual.keys() == expected.keys() and all("lora" in name for name in actual)
+    check_gradients(actual, expected, exact)
+
+
+def test_lora_is_exact_and_packed(reference):
+    plain = with_lora(copy.deepcopy(reference)).eval()
+    lora_parity(with_lora(fastenc.accelerate(copy.deepcopy(reference))).eval(), plain)
+    lora_parity(fastenc.accelerate(with_lora(copy.deepcopy(reference)).eval()), plain)
+
+
+def test_lora_and_gradient_checkpointing(reference):
+    plain = with_lora(copy.deepcopy(reference))
+    wrapped = fastenc.accelerate(copy.deepcopy(plain))
+    for model in (plain, wrapped):
+        model.base_model.model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        model.train()
+    lora_parity(wrapped, plain)
+
+
+def test_merging_adapters(reference):
+    wrapped = with_lora(fastenc.accelerate(copy.deepcopy(reference))).eval()
+    before = wrapped(**inputs_of()).last_hidden_state
+    merged = wrapped.merge_and_unload()
+    assert packed_forward_of(merged) is not None
+    after = merged(**inputs_of()).last_hidden_state
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_trained_norms_fall_back(reference):
+    """An adapter on a layer that is fused away is never skipped."""
+    slot = "mlp_norm" if isinstance(reference, transformers.ModernBertModel) else "LayerNorm"
+    config = peft.LoraConfig(r=2, target_modules=["Wo", "query"][slot == "LayerNorm":][:1],
+                             modules_to_save=[slot])  # fmt: skip
+    wrapped = fastenc.accelerate(peft.get_peft_model(copy.deepcopy(reference), config)).eval()
+    with fastenc.record() as ran:
+        wrapped(**inputs_of())
+    assert len(ran.fallbacks) == 1 and "ModulesToSaveWrapper" in ran.fallbacks[0]
+
+
+# ---- training loops ------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        inputs = heads.inputs_of("ModernBertForSequenceClassification")
+        self.rows = [{k: x[i % 4] for k, x in inputs.items()} for i in range(12)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.rows[i]
+
+
+def test_trainer_for_three_steps(tmp_path):
+    """Trainer's losses and weights are those of the plain model."""
+    reference = heads.model_of("ModernBertForSequenceClassification")
+
+    def train(model):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, logging_steps=1,
+            report_to=[], use_cpu=True, save_strategy="no", learning_rate=1e-3, disable_tqdm=True,
+            seed=0, gradient_checkpointing=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=Rows())
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    plain = copy.deepcopy(reference)
+    with fastenc.record() as ran:
+        losses = train(fastenc.accelerate(reference))
+    assert ran.fallbacks == [] and "rope_varlen_attention_bwd" in ran.calls
+    assert losses == pytest.approx(train(plain), abs=2e-4) and len(losses) == 3
+    for (name, actual), expected in zip(
+        reference.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def seeded_model() -> nn.Module:
+    torch.manual_seed(0)
+    return fastenc.accelerate(telling(BASES["ModernBert"]()))
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = seeded_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    ids, mask = padded((23, 7, 1, 12), 23, 99)
+    half = slice(2 * rank, 2 * rank + 2)
+    out = wrapped(ids[half], attention_mask=mask[half]).last_hidden_state
+    out.square().sum().backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_gives_the_gradients_of_one_process(tmp_path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    model = seeded_model()
+    ids, mask = padded((23, 7, 1, 12), 23, 99)
+    model(ids, attention_mask=mask).last_hidden_state.square().sum().backward()
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(2 * found[name], parameter.grad, atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_inference_mode_and_autocast(reference):
+    model = fastenc.accelerate(copy.deepcopy(reference))
+    expected = model(**inputs_of()).last_hidden_state
+    with torch.inference_mode():
+        out = model(**inputs_of()).last_hidden_state
+    assert out.is_inference() and torch.equal(out, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16), fastenc.record() as ran:
+        low = model(**inputs_of()).last_hidden_state
+        plain = reference(**inputs_of()).last_hidden_state
+    assert ran.fallbacks == [] and low.dtype == plain.dtype
+    real = inputs_of()["attention_mask"] == 1
+    error, allowed = ((x - expected)[real].abs().max() for x in (low, plain))
+    assert error <= 2 * allowed
+
+
+# ---- compile and export --------------------------------------------------------------------------
+
+
+def test_compiled_over_many_lengths():
+    """The padded entry: the graphs of the first lengths serve all later ones, with gradients."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = seeded_model()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    graphs = []
+    for columns in (9, 14, 11, 30):
+        ids, mask = padded((columns, 5, columns - 3), columns, 99)
+        out = compiled(ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(out, model(ids, attention_mask=mask).last_hidden_state)
+        out.square().sum().backward()
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[-1]
+
+
+def test_compiled_whole_without_padding(reference):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = fastenc.accelerate(reference)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for columns in (9, 14, 30):
+        ids, _ = padded((columns, columns), columns, 99)
+        out = compiled(ids).last_hidden_state
+        torch.testing.assert_close(out, model(ids).last_hidden_state)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_export(reference, masked):
+    """torch.export of the base model with dynamic rows and columns, any padding."""
+    model = fastenc.accelerate(reference)
+    shape = {0: torch.export.Dim("rows"), 1: torch.export.Dim("columns", max=30)}
+
+    def arguments(lengths, columns, side):
+        ids, mask = padded(lengths, columns, 99, side)
+        return (ids, mask) if masked else (ids,)
+
+    first = arguments((23, 7, 1), 23, "right")
+    with torch.no_grad():
+        exported = torch.export.export(
+            model, first, dynamic_shapes=(shape,) * len(first), strict=False
+        )
+        for case in (((9, 4), 12, "left"), ((20, 3, 8, 1), 20, "mixed")):
+            given = arguments(*case)
+            actual = exported.module()(*given).last_hidden_state
+            torch.testing.assert_close(actual, model(*given).last_hidden_state)
+    if masked:
+        ids, mask = padded((9, 4), 12, 99)
+        mask[0, 3] = 0
+        with pytest.raises(RuntimeError, match="holes"):
+            exported.module()(ids, mask)
