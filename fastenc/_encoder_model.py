@@ -1,8 +1,8 @@
 """Token ids in, hidden states out: which model runs, and whether it runs packed.
 
-BERT and ModernBERT run packed: fastenc's own classes, models that ``fastenc.accelerate`` took over,
-and transformers' classes, seen as fastenc's. Every other architecture runs padded through
-transformers, and says so.
+What fastenc.models has (BERT, RoBERTa, ModernBERT) runs packed: its own classes, models that
+``fastenc.accelerate`` took over, and transformers' classes, seen as fastenc's. Every other
+architecture runs padded through transformers, and says so.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastenc.models._takeover import our_class
 from fastenc.nn import VarlenBatch, packed_forward_of, prepack
 from fastenc.ops._registry import note_fallback
-
-PACKED = {"bert": "BertModel", "modernbert": "ModernBertModel"}
-"""model_type: the class of fastenc.models, and of transformers, that holds it."""
 
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 """Models whose first token has position pad_token_id + 1."""
@@ -52,10 +50,11 @@ def load_transformer(source: str, subfolder: str = "") -> tuple[nn.Module, Any]:
 
 
 def packed_class(config: Any) -> type[nn.Module] | None:
-    from fastenc import models
+    """fastenc's class of a config's base model, or None."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    name = PACKED.get(getattr(config, "model_type", ""))
-    return getattr(models, name) if name else None
+    theirs = MODEL_MAPPING.get(type(config), None)
+    return our_class(theirs) if isinstance(theirs, type) else None
 
 
 def length_limit(tokenizer: Any, config: Any) -> int | None:
@@ -138,8 +137,8 @@ def _as_ours(base: nn.Module) -> nn.Module:
     The view has the model's own parameters, submodules and hooks, now and later: nothing is copied,
     and the model itself is not changed.
     """
-    ours = packed_class(getattr(base, "config", None))
-    if ours is None or type(base) not in ours.__bases__:
+    ours = our_class(type(base))
+    if ours is None:
         return base
     view = copy.copy(base)
     view.__class__ = ours

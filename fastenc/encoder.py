@@ -35,8 +35,8 @@ class Encoder:
     Args:
         model: a folder or hub id, of sentence-transformers (its pooling, Dense and Normalize
             modules, length limit and prompts are read) or of transformers; or a module: fastenc's,
-            transformers', or a SentenceTransformer. BERT and ModernBERT run packed; every other
-            architecture runs padded through transformers, with a logged reason.
+            transformers', or a SentenceTransformer. BERT, RoBERTa and ModernBERT run packed; every
+            other architecture runs padded through transformers, with a logged reason.
         tokenizer: of transformers or of the tokenizers library, or a folder; None: the model's own.
         pooling: "mean", "cls", "max" or "last", over a text's tokens, special ones included. Given
             explicitly it replaces the pooling of a sentence-transformers model.

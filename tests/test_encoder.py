@@ -63,6 +63,14 @@ def tiny_bert(**options) -> transformers.BertModel:
     return transformers.BertModel(config).eval()
 
 
+def tiny_roberta() -> transformers.RobertaModel:
+    config = transformers.RobertaConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=514, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.RobertaModel(config).eval()
+
+
 def tiny_modernbert() -> transformers.ModernBertModel:
     config = transformers.ModernBertConfig(
         vocab_size=30522, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
@@ -88,7 +96,7 @@ def reference(model, tokenizer, texts, mode: str = "mean", limit: int = 512) -> 
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "max", "last"])
-@pytest.mark.parametrize("make", [tiny_bert, tiny_modernbert])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_roberta, tiny_modernbert])
 def test_equals_transformers(make, mode, tokenizer):
     model = make()
     with fastenc.record() as ran:
