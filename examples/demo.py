@@ -41,7 +41,7 @@ console = Console()
 
 def main(
     texts: Annotated[int, typer.Option(help="Passages to embed.", min=8)] = 512,
-    subset: Annotated[int, typer.Option(help="Of them through ModernBERT.", min=8)] = 24,
+    subset: Annotated[int, typer.Option(help="Of them through ModernBERT.", min=8)] = 16,
     layers: Annotated[int, typer.Option(help="Layers of the random ModernBERT.", min=2)] = 22,
     rounds: Annotated[int, typer.Option(help="Most timed rounds of each part.", min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="No new round of a part after these.")] = 110.0,
@@ -101,7 +101,7 @@ def planned(
     progress: Progress, part: str, runs: int, rounds: int, seconds: float
 ) -> tuple[demo_runs.Plan, Callable[[], None]]:
     """A plan that moves a progress bar, and what to call after its last run."""
-    total = runs * (rounds + 1)
+    total = runs * rounds
     task = progress.add_task("loading", total=total, part=part)
     begun = itertools.count()
 
@@ -152,10 +152,7 @@ def show_search(answers: list[dict[str, Any]]) -> None:
 
 
 def show(comparison: Comparison) -> None:
-    console.print(
-        f"\n[bold]{comparison.title}[/]: {comparison.texts} texts, {comparison.tokens:,} tokens,"
-        f" medians of {len(comparison.seconds['fastenc'])} rounds"
-    )
+    console.print(f"\n[bold]{comparison.title}[/]: {comparison.scope}")
     table = Table("run", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("tokens/s", "fastenc is", "largest difference"):
         table.add_column(name, justify="right")

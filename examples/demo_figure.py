@@ -78,8 +78,8 @@ def _heading(figure: Figure, axis: Any, comparison: Comparison) -> None:
     for line, size, weight, color, up in (
         (comparison.title, 10.5, "bold", INK, 0.27),
         (
-            f"{comparison.texts} texts, {comparison.tokens:,} tokens; largest difference from"
-            f" {comparison.reference}: {comparison.difference['fastenc']:.1e}",
+            f"{comparison.scope}; largest difference from {comparison.reference}:"
+            f" {comparison.difference['fastenc']:.1e}",
             9, "normal", QUIET, 0.08,
         ),
     ):  # fmt: skip
@@ -93,7 +93,7 @@ def _footnote(stamp: Mapping[str, Any]) -> str:
     shown = ("python", "torch", "transformers", "sentence-transformers")
     return (
         f"{machine['cpu']}, {machine['threads']} threads, fastenc on {machine['fastenc_isa']},"
-        f" float32 · medians of interleaved rounds, whiskers from slowest to fastest\n"
+        f" float32 · rounds interleaved, whiskers from slowest to fastest\n"
         f"fastenc {versions['fastenc']} at {stamp['commit']}, "
         + ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
         + f" · {stamp['date']}"

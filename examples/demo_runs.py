@@ -1,8 +1,8 @@
 """The two comparisons of the demo: what runs, what it must equal, how it is timed.
 
-Every run embeds the same texts, tokenisation included. A first round checks the vectors and warms
-up; the timed rounds are interleaved, because machines change speed, and medians are reported. On a
-slow or busy machine there are fewer rounds.
+Every run embeds the same texts, tokenisation included, after a warm-up on the shortest. Rounds are
+interleaved, because machines change speed, and medians are reported; the vectors of the first round
+are compared. On a slow or busy machine there are fewer rounds.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ class Comparison:
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
 
+    @property
+    def scope(self) -> str:
+        """How much was embedded, how often."""
+        rounds = len(self.seconds["fastenc"])
+        often = "one round" if rounds == 1 else f"medians of {rounds} rounds"
+        return f"{self.texts} texts, {self.tokens:,} tokens, {often}"
+
     def rate(self, name: str) -> float:
         """Real tokens a second, padding not counted: the median of the rounds."""
         return self.tokens / measure.median(self.seconds[name])
@@ -68,15 +75,10 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Fill ``comparison``; returns each run's vectors."""
     begun = time.perf_counter()
-    vectors = {}
-    for name, embed in runs.items():
-        plan.step(f"{name}, checked")
-        with fastenc.record() as ran:
-            vectors[name] = embed(texts)
-        if name == "fastenc":
-            comparison.calls, comparison.fallbacks = ran.calls, ran.fallbacks
-    exact = vectors[comparison.reference]
-    comparison.difference = {n: float(np.abs(v - exact).max()) for n, v in vectors.items()}
+    warm_up = sorted(texts, key=len)[:4]
+    for embed in runs.values():
+        embed(warm_up)
+    vectors: dict[str, np.ndarray] = {}
     comparison.seconds = {name: [] for name in runs}
     names = list(runs)
     for i in range(plan.rounds):
@@ -85,10 +87,16 @@ def compare(
             break
         for name in names:
             plan.step(f"{name}, round {i + 1} of {plan.rounds}")
-            start = time.perf_counter()
-            runs[name](texts)
-            comparison.seconds[name].append(time.perf_counter() - start)
+            with fastenc.record() as ran:
+                start = time.perf_counter()
+                found = runs[name](texts)
+                comparison.seconds[name].append(time.perf_counter() - start)
+            vectors.setdefault(name, found)
+            if name == "fastenc":
+                comparison.calls, comparison.fallbacks = ran.calls, ran.fallbacks
         names.reverse()
+    exact = vectors[comparison.reference]
+    comparison.difference = {n: float(np.abs(vectors[n] - exact).max()) for n in runs}
     return vectors
 
 
