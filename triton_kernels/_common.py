@@ -80,6 +80,11 @@ def flat_rows(x: Tensor) -> Tensor:
     return unit_rows(x.reshape(-1, x.shape[-1]))
 
 
+def tile_rows(x: Tensor) -> Tensor:
+    """:func:`unit_rows`, and rows so near that 32 bits hold any offset within a tile of them."""
+    return unit_rows(x) if x.stride(0) < 1 << 23 else x.contiguous()
+
+
 def power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 

@@ -45,7 +45,7 @@ def rope_varlen_attention_fwd(
     if qkv.numel() == 0:
         return out, lse
     options = _options(qkv, cos, sin, cu_seqlens, left, right, scale, dropout_p, seed)
-    q, k, v = _common.unit_rows(qkv).unbind(1)
+    q, k, v = _common.tile_rows(qkv).unbind(1)
     if not windowed_candidates(options.need(q), _common.chip_of(qkv.device)):
         k = _rotated(k, options)
     attend(q, k, v, out, lse, options)
@@ -61,7 +61,7 @@ def rope_varlen_attention_bwd(
     if qkv.numel() == 0:
         return dqkv
     options = _options(qkv, cos, sin, cu_seqlens, left, right, scale, dropout_p, seed)
-    qkv, out, grad_out = (_common.unit_rows(x) for x in (qkv, out, grad_out))
+    qkv, out, grad_out = (_common.tile_rows(x) for x in (qkv, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     q, k, v = qkv.unbind(1)
     narrow = bool(windowed_backward_candidates(options.need(q), _common.chip_of(qkv.device)))

@@ -329,7 +329,7 @@ def varlen_attention_fwd(
     check_head_dim(head_dim)
     out = _common.empty(q.shape, q.dtype, q.device)
     lse = _common.empty((heads, total), torch.float32, q.device)
-    q, k, v = (_common.unit_rows(x) for x in (q, k, v))
+    q, k, v = (_common.tile_rows(x) for x in (q, k, v))
     options = Options(
         _common.unit_rows(cu_seqlens), left, right, scale, dropout_p, seed, table
     )  # fmt: skip
@@ -348,7 +348,7 @@ def varlen_attention_bwd(
     dtable = _common.empty(shape, dtype, q.device)
     if q.numel() == 0:
         return dq, dk, dv, dtable.zero_()
-    q, k, v, out, grad_out = (_common.unit_rows(x) for x in (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = (_common.tile_rows(x) for x in (q, k, v, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     options = Options(
         _common.unit_rows(cu_seqlens), left, right, scale, dropout_p, seed, table
