@@ -1,5 +1,5 @@
-// Argument checks and dtype dispatch of the C++ entry points. The public Python functions check with
-// friendlier messages; these keep direct calls of torch.ops.fastenc.* safe too.
+// Argument checks and dtype dispatch of the C++ entry points. The public Python functions check
+// with friendlier messages; these keep direct calls of torch.ops.fastenc.* safe too.
 #pragma once
 
 #include <string>

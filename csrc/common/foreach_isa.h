@@ -18,8 +18,8 @@
 //   }
 //   }
 //   #else                                         // 4. once
-//   void scale(const bf16* x, bf16* y, int64_t n) { FASTENC_FOR_ACTIVE_ISA(scale_row<bf16>)(x, y, n, 2); }
-//   #endif
+//   void scale(const bf16* x, bf16* y, int64_t n) { FASTENC_FOR_ACTIVE_ISA(scale_row<bf16>)(x, y,
+//   n, 2); } #endif
 //
 // Rules. Standard headers must be included before this one: included later, their inline functions
 // would be compiled with AVX-512 and the linker could keep that copy for everybody. Use no vector
@@ -47,8 +47,9 @@
 #define FASTENC_ISA avx512
 #define FASTENC_ISA_LEVEL FASTENC_ISA_AVX512
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -93,12 +94,12 @@
 #undef FASTENC_ISA_LEVEL
 
 #if FASTENC_X86
-#define FASTENC_FOR_ACTIVE_ISA(...)                                                      \
-  (::fastenc::cpu::active_isa() == ::fastenc::cpu::Isa::kAvx512                          \
-       ? &::fastenc::cpu::avx512::__VA_ARGS__                                            \
-       : ::fastenc::cpu::active_isa() == ::fastenc::cpu::Isa::kAvx2                      \
-             ? &::fastenc::cpu::avx2::__VA_ARGS__                                        \
-             : &::fastenc::cpu::portable::__VA_ARGS__)
+#define FASTENC_FOR_ACTIVE_ISA(...)                             \
+  (::fastenc::cpu::active_isa() == ::fastenc::cpu::Isa::kAvx512 \
+       ? &::fastenc::cpu::avx512::__VA_ARGS__                   \
+   : ::fastenc::cpu::active_isa() == ::fastenc::cpu::Isa::kAvx2 \
+       ? &::fastenc::cpu::avx2::__VA_ARGS__                     \
+       : &::fastenc::cpu::portable::__VA_ARGS__)
 #else
 #define FASTENC_FOR_ACTIVE_ISA(...) \
   ((void)::fastenc::cpu::active_isa(), &::fastenc::cpu::portable::__VA_ARGS__)

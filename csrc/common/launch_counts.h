@@ -31,8 +31,8 @@ class LaunchCounter {
 
 }  // namespace fastenc
 
-#define FASTENC_COUNT_LAUNCH(op)               \
-  do {                                         \
+#define FASTENC_COUNT_LAUNCH(op)                 \
+  do {                                           \
     static ::fastenc::LaunchCounter counter{op}; \
-    counter.add();                             \
+    counter.add();                               \
   } while (false)

@@ -84,9 +84,9 @@ FASTENC_INLINE vf round(vf a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 FASTENC_INLINE vf copysign(vf magnitude, vf sign) {
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v),
-      0xca))};
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN),
+                                                        _mm512_castps_si512(sign.v),
+                                                        _mm512_castps_si512(magnitude.v), 0xca))};
 }
 
 FASTENC_INLINE vm operator<(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }

@@ -1,4 +1,5 @@
-// Storage types and the choice of instruction set: what the SIMD layer needs once, not once per ISA.
+// Storage types and the choice of instruction set: what the SIMD layer needs once, not once per
+// ISA.
 #pragma once
 
 #include <cstdint>

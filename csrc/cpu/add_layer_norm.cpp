@@ -32,7 +32,7 @@ using Promoted = std::conditional_t<std::is_same_v<A, B>, A, float>;
 namespace fastenc::cpu::FASTENC_ISA {
 
 // Vectors of a row, the last one partial: f(offset, lanes).
-#define FASTENC_FOR_VECTORS(offset, lanes, size)                               \
+#define FASTENC_FOR_VECTORS(offset, lanes, size)                                     \
   for (int64_t offset = 0, lanes = std::min<int64_t>(kLanes, size); offset < (size); \
        offset += kLanes, lanes = std::min<int64_t>(kLanes, (size) - offset))
 
@@ -156,9 +156,11 @@ std::vector<float> widened(const Tensor& parameter_in) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
-    const Tensor& x_in, std::optional<Tensor> residual_in, const Tensor& weight,
-    std::optional<Tensor> bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in,
+                                                              std::optional<Tensor> residual_in,
+                                                              const Tensor& weight,
+                                                              std::optional<Tensor> bias,
+                                                              double eps) {
   FASTENC_COUNT_LAUNCH("add_layer_norm");
   const Tensor x = dense(x_in);
   const bool has_residual = residual_in.has_value();
@@ -212,9 +214,11 @@ void reduce_chunks(const std::vector<float>& sums, int64_t chunks, int64_t hidde
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    const Tensor& grad_normed_in, std::optional<Tensor> grad_total_in, const Tensor& total_in,
-    const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool has_bias) {
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& grad_normed_in,
+                                                      std::optional<Tensor> grad_total_in,
+                                                      const Tensor& total_in, const Tensor& weight,
+                                                      const Tensor& mean, const Tensor& rstd,
+                                                      bool has_bias) {
   FASTENC_COUNT_LAUNCH("add_layer_norm_bwd");
   const Tensor total = dense(total_in), grad_normed = dense(grad_normed_in);
   const bool has_grad_total = grad_total_in.has_value();
@@ -238,11 +242,10 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const auto kernel = FASTENC_FOR_ACTIVE_ISA(add_layer_norm_bwd_rows<T>);
     parallel_for(chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
-        kernel(data<T>(grad_normed), has_grad_total ? data<T>(grad_total) : nullptr,
-               data<T>(total), w.data(), data<float>(mean), data<float>(rstd),
-               mutable_data<T>(dx), dweights.data() + c * hidden,
-               has_bias ? dbiases.data() + c * hidden : nullptr, hidden, c * chunk_rows,
-               std::min(rows, (c + 1) * chunk_rows));
+        kernel(data<T>(grad_normed), has_grad_total ? data<T>(grad_total) : nullptr, data<T>(total),
+               w.data(), data<float>(mean), data<float>(rstd), mutable_data<T>(dx),
+               dweights.data() + c * hidden, has_bias ? dbiases.data() + c * hidden : nullptr,
+               hidden, c * chunk_rows, std::min(rows, (c + 1) * chunk_rows));
       }
     });
   });

@@ -70,8 +70,8 @@ FASTENC_INLINE void differentiate_some_keys(const AttentionScope& s, int64_t que
     }
     for (int u = 0; u < 4; ++u, scores += NV * kLanes, dscores += NV * kLanes) {
       const vm keep = kDropout ? kept(s, words.word[u]) : first_n(kLanes);
-      RowGradient row = row_gradient<kBias, kDropout>(s, stats, query, j + u, keep, load(scores),
-                                                      load(dscores));
+      RowGradient row =
+          row_gradient<kBias, kDropout>(s, stats, query, j + u, keep, load(scores), load(dscores));
       if (masked) {
         row.p = zero_unless(reach.sees(j + u), row.p);
       }
@@ -105,8 +105,8 @@ FASTENC_INLINE void differentiate_all_keys(const AttentionScope& s, int64_t quer
     }
     for (int u = 0; u < 4; ++u, score += NV * kLanes, dscore += NV * kLanes) {
       const vm keep = kDropout ? kept(s, words.word[u]) : first_n(kLanes);
-      RowGradient row = row_gradient<kBias, kDropout>(s, stats, query, j + u, keep, load(score),
-                                                      load(dscore));
+      RowGradient row =
+          row_gradient<kBias, kDropout>(s, stats, query, j + u, keep, load(score), load(dscore));
       if (masked) {
         row.p = zero_unless(reach.sees(j + u), row.p);
       }
@@ -155,8 +155,8 @@ FASTENC_INLINE void differentiate_block(const AttentionScope& s, bool all_keys, 
                                         const RowStatistics& rows, float* scores, float* dscores,
                                         float* bias_grad) {
   const bool dropout = s.dropout->active();
-  const auto block = s.bias ? dropout ? differentiate_block_of<NV, true, true>
-                                      : differentiate_block_of<NV, true, false>
+  const auto block = s.bias    ? dropout ? differentiate_block_of<NV, true, true>
+                                         : differentiate_block_of<NV, true, false>
                      : dropout ? differentiate_block_of<NV, false, true>
                                : differentiate_block_of<NV, false, false>;
   block(s, all_keys, query, key_begin, key_end, rows, scores, dscores, bias_grad);

@@ -108,10 +108,8 @@ Tensor rotate(const Tensor& x_in, const Tensor& cos_in, const Tensor& sin_in,
   STD_TORCH_CHECK(cos.size(1) == head_dim / 2, "cos: expected head_dim / 2 columns");
   check_numel("sin", sin, cos.numel());
   check_dtype("sin", sin, cos.scalar_type());
-  const RopeArgs args{dim == 4 ? x.size(1) : 1, x.size(dim - 2),
-                      head_dim / 2,             x.stride(0),
-                      dim == 4 ? x.stride(1) : 0, x.stride(dim - 2),
-                      sign};
+  const RopeArgs args{dim == 4 ? x.size(1) : 1,   x.size(dim - 2),   head_dim / 2, x.stride(0),
+                      dim == 4 ? x.stride(1) : 0, x.stride(dim - 2), sign};
   const std::vector<int64_t> p = checked_positions(positions, total, cos.size(0));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   const int64_t per_token = std::max<int64_t>(1, args.n * args.heads * head_dim);
@@ -134,8 +132,7 @@ Tensor rope_fwd(const Tensor& x, const Tensor& cos, const Tensor& sin, const Ten
   return rotate(x, cos, sin, positions, 1.0f);
 }
 
-Tensor rope_bwd(const Tensor& grad, const Tensor& cos, const Tensor& sin,
-                const Tensor& positions) {
+Tensor rope_bwd(const Tensor& grad, const Tensor& cos, const Tensor& sin, const Tensor& positions) {
   FASTENC_COUNT_LAUNCH("rope_bwd");
   return rotate(grad, cos, sin, positions, -1.0f);
 }

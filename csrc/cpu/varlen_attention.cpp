@@ -108,8 +108,8 @@ class ForwardChunk {
     const int64_t query = query_of(block);
     const int64_t first_key = round_down(std::max<int64_t>(0, query - scope_.left), 4);
     const int64_t lo = std::max(begin, first_key);
-    const int64_t hi = std::min(begin + round_up(end - begin, 4),
-                                round_up(query + kQueries + scope_.right, 4));
+    const int64_t hi =
+        std::min(begin + round_up(end - begin, 4), round_up(query + kQueries + scope_.right, 4));
     for (int64_t j = lo; j < hi;) {
       const int64_t next = single_pass_ ? hi : std::min(round_down(j, kKeyBlock) + kKeyBlock, hi);
       step(block, j, next, j == first_key, begin);
@@ -214,10 +214,10 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Te
                                                 double dropout_p, std::optional<Tensor> seed,
                                                 std::optional<Tensor> rel_bias) {
   FASTENC_COUNT_LAUNCH("varlen_attention");
-  return forward(make_problem(q, k, v, cu_seqlens,
-                              {max_seqlen, window_left, window_right, scale, dropout_p, seed},
-                              rel_bias),
-                 q);
+  return forward(
+      make_problem(q, k, v, cu_seqlens,
+                   {max_seqlen, window_left, window_right, scale, dropout_p, seed}, rel_bias),
+      q);
 }
 
 std::tuple<Tensor, Tensor> rope_varlen_attention_fwd(Tensor qkv, Tensor cos, Tensor sin,
@@ -226,10 +226,9 @@ std::tuple<Tensor, Tensor> rope_varlen_attention_fwd(Tensor qkv, Tensor cos, Ten
                                                      double scale, double dropout_p,
                                                      std::optional<Tensor> seed) {
   FASTENC_COUNT_LAUNCH("rope_varlen_attention");
-  return forward(
-      make_rope_problem(qkv, cos, sin, cu_seqlens,
-                        {max_seqlen, window_left, window_right, scale, dropout_p, seed}),
-      qkv);
+  return forward(make_rope_problem(qkv, cos, sin, cu_seqlens,
+                                   {max_seqlen, window_left, window_right, scale, dropout_p, seed}),
+                 qkv);
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {

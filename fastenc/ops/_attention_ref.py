@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from fastenc.ops._philox import keep_mask
 from fastenc.ops._rules import wide
 from fastenc.ops.rope import rope_ref
-import itertools
 
 
 def reach(length: int, left: int, right: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""One op, several backends: namespaces, dispatch, the choice of a backend, and the record of what ran.
+"""One op, several backends: namespaces, dispatch, the choice of a backend, the record of what ran.
 
 A dispatch key holds one kernel, so each backend owns a namespace with the same schema and fake
 (``fastenc_reference``, ``fastenc_cpu``, ``fastenc_triton``, ``fastenc_cuda``); ``fastenc`` is the
@@ -67,7 +67,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
-    """Validate what lies in device memory too (cu_seqlens, positions): one synchronisation a call."""
+    """Validate what lies in device memory too (cu_seqlens, positions): a synchronisation a call."""
     before, _local.debug = _local.debug, enabled
     try:
         yield

@@ -1,4 +1,4 @@
-"""``flash_attn_varlen_func``: flash-attn's names and argument order over fastenc's packed attention."""
+"""``flash_attn_varlen_func``: flash-attn's names and argument order, fastenc's attention."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """GeGLU: ``act(x[..., :I]) * x[..., I:]``, activation on the first half.
 
-x (..., 2 I) -> (..., I). ModernBERT's ``Wo(act(input) * gate)`` with ``input, gate = Wi(h).chunk(2)``
+x (..., 2 I) -> (..., I). ModernBERT's ``Wo(act(input) * gate)``, ``input, gate = Wi(h).chunk(2)``
 (Warner et al. 2024, arXiv:2412.13663; GLU variants: Shazeer 2020, arXiv:2002.05202). Arithmetic in
 fp32, one rounding on the way out; the backward recomputes the activation from the saved input.
 """

@@ -7,13 +7,14 @@ gives zeros. A maximum's gradient goes to its first occurrence.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from fastenc.ops import _checks
 from fastenc.ops._registry import OpSpec, define, select
 from fastenc.ops._rules import wide
-import itertools
 
 MODES = ("mean", "cls", "max", "last")
 
