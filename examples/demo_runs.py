@@ -114,7 +114,7 @@ def minilm(
         len(texts),
         count_tokens(encoder.tokenizer, texts, encoder.max_length),
         {
-            "fastenc": f"packed, up to {encoder.token_budget} tokens",
+            "fastenc": "tokens packed, no padding",
             "sentence-transformers": "32 texts, sorted by characters, padded",
         },
     )
@@ -155,7 +155,7 @@ def modernbert(
         len(texts),
         count_tokens(tokenizer, texts, encoder.max_length),
         {
-            "fastenc": f"packed, up to {encoder.token_budget} tokens",
+            "fastenc": "tokens packed, no padding",
             "transformers sdpa, sorted": f"{PADDED} texts, sorted by length, padded",
             "transformers sdpa": f"{PADDED} texts, as they come, padded",
             "transformers eager": f"{PADDED} texts, as they come, padded",

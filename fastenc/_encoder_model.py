@@ -96,9 +96,13 @@ class Runner:
 
     def choose(self) -> tuple[HiddenStates, bool]:
         """(the forward for the model as it is now, whether it pads); notes why where it pads."""
-        packed = packed_forward_of(self.base) or packed_forward_of(_as_ours(self.base))
-        if packed is None:
-            note_fallback(f"Encoder: {type(self.base).__name__} has no packed form, it runs padded")
+        base = self.base
+        packed = packed_forward_of(base) or packed_forward_of(_as_ours(base))
+        reason = "it has no packed form" if packed is None else None
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+            reason = "its forward has hooks or was replaced"
+        if reason is not None:
+            note_fallback(f"Encoder: {type(base).__name__} runs padded: {reason}")
             return self._run_padded, True
         return lambda ids, lengths: packed(_varlen(ids, lengths, self.device)), False
 
@@ -107,13 +111,14 @@ class Runner:
         grid = np.full(real.shape, self._pad_id, np.int64)
         grid[real] = ids
         out = self.base(
-            input_ids=_on(grid, self.device), attention_mask=_on(real.astype(np.int64), self.device)
+            input_ids=on_device(grid, self.device),
+            attention_mask=on_device(real.astype(np.int64), self.device),
         )
-        places = _on(np.flatnonzero(real), self.device)
+        places = on_device(np.flatnonzero(real), self.device)
         return out.last_hidden_state.flatten(0, 1).index_select(0, places)
 
 
-def _on(array: np.ndarray, device: torch.device) -> Tensor:
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     """To the device; to a GPU from pinned memory, without waiting."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
@@ -123,11 +128,11 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
 
 def edges_of(lengths: np.ndarray, device: torch.device) -> Tensor:
     """(n,) lengths -> cu_seqlens (n + 1,) int32."""
-    return _on(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+    return on_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
 
 
 def _varlen(ids: np.ndarray, lengths: np.ndarray, device: torch.device) -> VarlenBatch:
-    tokens = _on(ids.astype(np.int64), device)
+    tokens = on_device(ids.astype(np.int64), device)
     return VarlenBatch.from_cu_seqlens(edges_of(lengths, device), tokens, int(lengths.max()))
 
 

@@ -201,6 +201,25 @@ def test_the_transformers_model_stays_the_users(tokenizer):
     assert not ran.fallbacks
 
 
+def test_a_hook_on_the_whole_model_is_called(tokenizer):
+    model = tiny_bert()
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    with fastenc.record() as ran:
+        found = Encoder(model, tokenizer).encode(TEXTS)
+    assert seen == [1] and "has hooks" in ran.fallbacks[0]
+    np.testing.assert_allclose(found, reference(model, tokenizer, TEXTS), atol=5e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tokenizer):
+    model = tiny_bert()
+    expected = reference(model, tokenizer, TEXTS * 100)
+    encoder = Encoder(model, tokenizer, token_budget=512).to("cuda")
+    assert encoder.device.type == "cuda"
+    np.testing.assert_allclose(encoder.encode(TEXTS * 100), expected, atol=1e-3)
+
+
 def test_an_accelerated_model(tokenizer):
     model = tiny_bert()
     expected = reference(model, tokenizer, TEXTS)
@@ -254,10 +273,14 @@ def test_a_text_longer_than_the_budget_is_a_batch_of_its_own():
     assert model.batches == [50, 2]
 
 
-def test_the_budget_of_a_call():
+def test_the_budget_of_a_call_and_of_a_cpu(monkeypatch):
     model = Table()
     Encoder(model, word_tokenizer()).encode(["w1"] * 6, token_budget=2)
     assert model.batches == [2, 2, 2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    model = Table()
+    Encoder(model, word_tokenizer(), token_budget=10**6).encode(["w1 " * 2048] * 4)
+    assert model.batches == [3 * 2048, 2048]
 
 
 # ---- what is defined at the edges --------------------------------------------------------------
