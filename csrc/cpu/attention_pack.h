@@ -32,7 +32,7 @@ FASTENC_INLINE void prefetch_row(const T* row, int64_t n) {
     __builtin_prefetch(row + d);
   }
 }
-constexpr int64_t kPrefetchRows = 8;
+constexpr int64_t kPrefetchRows = 16;  // the next block of queries
 
 // Rotates the pairs (d, d + half) of a row by angle (sign = 1) or back (sign = -1).
 template <typename From, typename To>
@@ -70,7 +70,8 @@ void pack_rows_of(const AttentionProblem& p, const Rows& rows, bool rotated, int
   const int64_t width = (p.head_dim + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = begin; i < end; ++i, y += LD) {
     const T* x = rows.at<T>(start + i, head);
-    prefetch_row(rows.at<T>(start + std::min(i + kPrefetchRows, end - 1), head), p.head_dim);
+    prefetch_row(rows.at<T>(std::min(start + i + kPrefetchRows, p.total_tokens - 1), head),
+                 p.head_dim);
     zero_row(y + (width - kLanes), kLanes);
     if (rotated) {
       const int64_t table = i * p.rotation.row_stride;
@@ -140,7 +141,8 @@ void unpack_rows_of(const AttentionProblem& p, const Rows& rows, bool rotated, i
                     int64_t head, int64_t begin, int64_t end, float scale, const float* x) {
   for (int64_t i = begin; i < end; ++i, x += LD) {
     T* y = rows.at<T>(start + i, head);
-    prefetch_row(rows.at<T>(start + std::min(i + kPrefetchRows, end - 1), head), p.head_dim);
+    prefetch_row(rows.at<T>(std::min(start + i + kPrefetchRows, p.total_tokens - 1), head),
+                 p.head_dim);
     if (rotated) {
       const int64_t table = i * p.rotation.row_stride;
       rotate_row(x, y, p.head_dim / 2, p.rotation.cos + table, p.rotation.sin + table, -1.0f,

@@ -114,18 +114,19 @@ FASTENC_INLINE vm kept(const AttentionScope& s, vi word) {
   return unsigned_ge(word, set_int(static_cast<int32_t>(s.dropout->threshold)));
 }
 
-// scores[key][query] = sum_d keys[key][d] * queries[d][query], the sum in parts for accuracy.
+// scores[key][query] = sum_d keys[key][d] * queries[d][query]. Long sums are sums of parts, for
+// accuracy: of 64 products, of 32 where a product is rounded before it is added.
 template <int LD, int NV>
 FASTENC_INLINE void scores_of(int64_t rows, int64_t head_dim, const float* keys,
                               const float* queries, float* scores) {
-  constexpr int64_t kPart = 128;
+  constexpr int64_t kPart = FASTENC_ISA_LEVEL == FASTENC_ISA_PORTABLE ? 32 : 64;
   constexpr int64_t n = NV * kLanes;
-  gemm<NV, Into::kOverwrite>(rows, LD > kPart && head_dim > kPart ? kPart : head_dim, keys, LD, 1,
+  gemm<NV, Into::kOverwrite>(rows, LD > kPart ? std::min(head_dim, kPart) : head_dim, keys, LD, 1,
                              queries, n, scores, n);
   if constexpr (LD > kPart) {
-    if (head_dim > kPart) {
-      gemm<NV, Into::kAdd>(rows, head_dim - kPart, keys + kPart, LD, 1, queries + kPart * n, n,
-                           scores, n);
+    for (int64_t d = kPart; d < head_dim; d += kPart) {
+      gemm<NV, Into::kAdd>(rows, std::min(head_dim - d, kPart), keys + d, LD, 1, queries + d * n,
+                           n, scores, n);
     }
   }
 }

@@ -62,6 +62,7 @@ class BackwardPart {
   void run(float* bias_partial) {
     const int64_t chunk = narrow_ ? round_up(task_.key_end - task_.key_begin, 4) : kKeyChunk;
     const int64_t dq_rows = task_.query_end - task_.query_begin;
+    const bool keeps_dq = !narrow_ && task_.partial < 0;
     float* bias;
     carve_scratch({{&keys_, chunk * LD},
                    {&values_, chunk * LD},
@@ -83,7 +84,7 @@ class BackwardPart {
                    {&bias, bias_size(p_, scope_)},
                    {&bias_grad_, bias_size(p_, scope_)},
                    {&bias_total_, bias_size(p_, scope_)},
-                   {&dq_, task_.partial < 0 ? dq_rows * LD : 0}});
+                   {&dq_, keeps_dq ? dq_rows * LD : 0}});
     expand_bias(p_, &scope_, bias);
     std::fill_n(bias_grad_, bias_size(p_, scope_), 0.0f);
     std::fill_n(bias_total_, bias_size(p_, scope_), 0.0f);
@@ -91,11 +92,13 @@ class BackwardPart {
     if (task_.partial >= 0) {
       dq_ = call_.partial_dq + task_.partial;
     }
-    std::fill_n(dq_, dq_rows * LD, 0.0f);
+    if (!narrow_) {
+      std::fill_n(dq_, dq_rows * LD, 0.0f);
+    }
     for (int64_t begin = task_.key_begin; begin < task_.key_end; begin += chunk) {
       differentiate_keys(begin, std::min(begin + chunk, task_.key_end));
     }
-    if (task_.partial < 0) {
+    if (keeps_dq) {
       unpack_rows<LD>(p_, call_.dq, true, scope_.start, scope_.head, 0, scope_.length, 1.0f, dq_);
     }
     if (bias_partial != nullptr) {
@@ -110,9 +113,9 @@ class BackwardPart {
     pack_rows<LD>(p_, p_.v, false, scope_.start, scope_.head, begin, end, padded, 1.0f, values_);
     std::fill_n(dkeys_, padded * LD, 0.0f);
     std::fill_n(dvalues_, padded * LD, 0.0f);
-    const int64_t first = round_down(std::max<int64_t>(0, begin - scope_.right), kQueries);
-    const int64_t last = std::min(scope_.length, end + scope_.left);
-    for (int64_t query = first; query < last; query += kQueries) {
+    const int64_t first = round_down(std::max<int64_t>(0, begin - scope_.right), kQueryGrid);
+    const int64_t last = round_up(end + scope_.left, kQueryGrid);
+    for (int64_t query = first; query < std::min(last, scope_.length); query += kQueries) {
       differentiate_queries(query, begin, begin + padded);
     }
     // Queries carry scale * log2 e, and probabilities lack dropout's 1 / (1 - p).
@@ -126,10 +129,13 @@ class BackwardPart {
     pack_queries(query);
     const int64_t first = std::max<int64_t>(0, query - scope_.left);
     const int64_t last = std::min(scope_.length, query + kQueries + scope_.right);
-    const bool all_keys = narrow_ && pack_begin <= first && last <= pack_end;
+    const bool all_keys = narrow_ && task_.completes(p_, query);
     const int64_t begin = std::max(pack_begin, round_down(first, 4));
     const int64_t end = std::min(pack_end, round_up(last, 4));
     const int64_t width = round_up(p_.head_dim, 4);
+    if (begin >= end) {  // in the grid's rounding only
+      std::fill_n(dqueries_, width * kQueries, 0.0f);
+    }
     for (int64_t j = begin; j < end;) {
       const int64_t next = narrow_ ? end : std::min(j + kKeyStep, end);
       const int64_t rows = next - j;
@@ -153,8 +159,8 @@ class BackwardPart {
       add_outer<LD, kQueries>(rows, p_.head_dim, dscores_, query_rows_, dkeys_ + at);
       j = next;
     }
-    add_dq(query);
-    if (scope_.bias != nullptr) {
+    finish_dq(query, all_keys);
+    if (scope_.bias != nullptr && begin < end) {
       add_bias(bias_index(scope_, query, end), bias_index(scope_, query + kQueries, begin));
     }
   }
@@ -183,11 +189,18 @@ class BackwardPart {
     }
   }
 
-  void add_dq(int64_t query) {
+  // With a narrow window, a part meets a block of queries once: its dq is final, or a partial sum.
+  void finish_dq(int64_t query, bool all_keys) {
     transpose_out<LD, NV>(dqueries_, p_.head_dim, scales_, dquery_rows_);
+    if (all_keys) {
+      unpack_rows<LD>(p_, call_.dq, true, scope_.start, scope_.head, query,
+                      std::min<int64_t>(query + kQueries, scope_.length), 1.0f, dquery_rows_);
+      return;
+    }
     float* to = dq_ + (query - task_.query_begin) * LD;
     for (int64_t i = 0; i < kQueries * LD; i += kLanes) {
-      store(to + i, load(to + i) + load(dquery_rows_ + i));
+      const vf x = load(dquery_rows_ + i);
+      store(to + i, narrow_ ? x : load(to + i) + x);
     }
   }
 
