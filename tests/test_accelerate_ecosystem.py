@@ -161,7 +161,7 @@ def _rank(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/gradients.pt")
     dist.barrier()
-    # torch can deadlock when DDP's reducer is freed (gloo's thread waits for the GIL): leave at once
+    # torch can deadlock when DDP's reducer is freed (gloo waits for the GIL): leave at once
     os._exit(0)
 
 
