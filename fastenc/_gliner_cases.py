@@ -79,3 +79,52 @@ def score_cases(size: str) -> Iterator[Case]:
         make = _score(lengths, width, r, c, bias, dropout)
         settings = {"lengths": lengths, "max_width": width, "size": r, "labels": c}
         yield Case("span_score", name, make, settings)
+
+
+def _disentangled(lengths, heads, head_dim, buckets, max_positions, terms, dropout):
+    def make(dtype, device="cpu", seed=0):
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = _random(g, (sum(lengths), 3, heads, head_dim), dtype, device).unbind(1)
+        tables = (
+            _random(g, (heads, 2 * buckets, head_dim), dtype, device) if name in terms else None
+            for name in ("c2p", "p2c")
+        )
+        options = {"buckets": buckets, "max_positions": max_positions}
+        if dropout:
+            options |= {"dropout_p": 0.2, "seed": 17 + seed}
+        return (q, k, v, *tables, cu_seqlens_of(lengths, device), max([*lengths, 1])), options
+
+    return make
+
+
+def _disentangled_grid(size: str):
+    """(tokens of each sequence, heads, head_dim, buckets, max_positions, terms)."""
+    both = ("c2p", "p2c")
+    if size == "bench":
+        for lengths in ((512,) * 4, (40,) * 8, (16, 323, 45, 500, 130, 60, 210, 90, 25, 300)):
+            yield lengths, 12, 64, 256, 512, both
+        return
+    if size == "small":
+        for terms in (both, ("c2p",), ("p2c",), ()):
+            yield (0, 5, 33, 1), 2, 16, 8, 20, terms
+        yield (70,), 1, 64, 256, 512, both
+        return
+    for lengths in LENGTHS:
+        if sum(lengths) <= 800:
+            yield lengths, 2, 32, 32, 100, both
+    yield (700,), 1, 16, 256, 512, both
+    for terms in (("c2p",), ("p2c",), ()):
+        yield (65, 0, 129), 2, 32, 16, 40, terms
+    for head_dim in (1, 8, 33, 64, 96, 200):
+        yield (65, 0, 129), 2, head_dim, 16, 40, both
+    for buckets, max_positions in ((4, 6), (7, 0), (200, 0), (256, 512)):
+        yield (130, 3), 2, 8, buckets, max_positions, both
+
+
+def disentangled_cases(size: str) -> Iterator[Case]:
+    for i, (lengths, heads, head_dim, buckets, far, terms) in enumerate(_disentangled_grid(size)):
+        dropout = size != "bench" and i % 4 == 3
+        name = f"{_short(lengths)}-d{head_dim}-b{buckets}.{far}-{'+'.join(terms) or 'content'}"
+        make = _disentangled(lengths, heads, head_dim, buckets, far, terms, dropout)
+        settings = {"lengths": lengths, "heads": heads, "head_dim": head_dim, "terms": terms}
+        yield Case("disentangled_attention", name + "-dropout" * dropout, make, settings)

@@ -132,6 +132,7 @@ def cases(op: str, size: str = "test") -> Iterator[Case]:
         "segment_pool": _segment_pool_cases,
         "varlen_attention": _attention_cases,
         "rope_varlen_attention": _rope_attention_cases,
+        "disentangled_attention": gliner.disentangled_cases,
         "span_pool": gliner.pool_cases,
         "span_score": gliner.score_cases,
     }[op](size)
@@ -344,6 +345,7 @@ def check_case(fn: Callable, ref: Callable, case: Case, dtype: torch.dtype, devi
 def reference_of(op: str) -> Callable:
     """The plain differentiable PyTorch form of a public op, with the public op's arguments."""
     from fastenc.ops import _attention_ref as attention
+    from fastenc.ops import _disentangled_ref as disentangled
     from fastenc.ops import _span_ref as span
     from fastenc.ops.add_layer_norm import add_layer_norm_ref
     from fastenc.ops.geglu import geglu_ref
@@ -363,7 +365,17 @@ def reference_of(op: str) -> Callable:
     def rope_varlen_attention(qkv, cos, sin, cu_seqlens, max_seqlen, *args, **kwargs):
         return attention.rope_varlen_attention_ref(qkv, cos, sin, cu_seqlens, *args, **kwargs)[0]
 
+    def disentangled_attention(q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, buckets=256,
+                               max_positions=512, scale=None, dropout_p=0.0,
+                               seed=None):  # fmt: skip
+        terms = 1 + (pos_key is not None) + (pos_query is not None)
+        return disentangled.disentangled_attention_ref(
+            q, k, v, pos_key, pos_query, disentangled.relative_index(buckets, max_positions),
+            cu_seqlens, (terms * q.shape[2]) ** -0.5 if scale is None else scale, dropout_p, seed,
+        )[0]  # fmt: skip
+
     return {
+        "disentangled_attention": disentangled_attention,
         "geglu": geglu_ref,
         "rope": rope_ref,
         "add_layer_norm": add_layer_norm_ref,

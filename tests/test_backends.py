@@ -14,8 +14,8 @@ import fastenc
 from fastenc import testing
 
 OPS = (
-    "add_layer_norm", "geglu", "rope", "rope_varlen_attention", "segment_pool", "span_pool",
-    "span_score", "varlen_attention",
+    "add_layer_norm", "disentangled_attention", "geglu", "rope", "rope_varlen_attention",
+    "segment_pool", "span_pool", "span_score", "varlen_attention",
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ void candidates_task(const SpanProblem& p, const SpanTask& task, const SpanThres
                  {&sums, span_sums(p, task)}});
   for (int64_t label = 0; label < p.labels; label += kLabelGroup) {
     const int64_t count = std::min(kLabelGroup, p.labels - label);
-    const int64_t ld = ceil_to(count, kLanes);
+    const int64_t ld = round_up(count, kLanes);
     if (p.label_bias != nullptr) {
       widen_row(static_cast<const T*>(p.label_bias) + task.seq * p.labels + label, count, bias);
     } else {

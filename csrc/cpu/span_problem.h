@@ -29,8 +29,6 @@ constexpr int64_t kSpanRows = 48;
 // Labels in one product: with 384 spans, 192 KB of sums.
 constexpr int64_t kLabelGroup = 128;
 
-constexpr int64_t ceil_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 struct SpanProblem {
   int64_t words = 0;
   int64_t num_seqs = 0;

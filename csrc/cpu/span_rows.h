@@ -155,7 +155,7 @@ template <typename T>
 __attribute__((noinline)) void span_products(const SpanProblem& p, const SpanTask& task,
                                              int64_t label, int64_t count, const SpanScratch& s,
                                              float* sums) {
-  const int64_t ld = ceil_to(count, kLanes);
+  const int64_t ld = round_up(count, kLanes);
   const int64_t first_word = p.cu_words[task.seq];
   int64_t r = 0;
   do {
@@ -180,8 +180,8 @@ __attribute__((noinline)) void span_products(const SpanProblem& p, const SpanTas
 
 // Floats that span_products() writes at most.
 inline int64_t span_sums(const SpanProblem& p, const SpanTask& task) {
-  return (ceil_to((task.end - task.begin) * p.max_width, 4)) *
-         ceil_to(std::min(p.labels, kLabelGroup), kLanes);
+  return (round_up((task.end - task.begin) * p.max_width, 4)) *
+         round_up(std::min(p.labels, kLabelGroup), kLanes);
 }
 
 }  // namespace fastenc::cpu::FASTENC_ISA

@@ -31,7 +31,7 @@ namespace fastenc::cpu::FASTENC_ISA {
 template <typename T>
 void write_scores(const SpanProblem& p, const SpanTask& task, int64_t label, int64_t count,
                   const float* bias, const float* sums, T* out) {
-  const int64_t ld = ceil_to(count, kLanes);
+  const int64_t ld = round_up(count, kLanes);
   const vf none = set(-std::numeric_limits<float>::infinity());
   const int64_t n = p.length(task.seq);
   T* row = out + (p.cu_words[task.seq] + task.begin) * p.max_width * p.labels + label;

@@ -55,7 +55,7 @@ class SpanBackward {
         length_(p.length(seq)),
         r_(r),
         size_(std::min(kSpanChunk, p.size - r)),
-        labels_(ceil_to(p.labels, 4)),
+        labels_(round_up(p.labels, 4)),
         ring_(std::min(p.max_width, length_)) {}
 
   void run() {
@@ -127,7 +127,7 @@ class SpanBackward {
 
   template <int NV>
   void multiply_columns(int64_t rows, int64_t r) {
-    const int64_t padded = ceil_to(rows, 4);
+    const int64_t padded = round_up(rows, 4);
     gemm<NV, Into::kOverwrite>(padded, std::min(kLabelGroup, p_.labels), grads_, labels_, 1,
                                label_rows_ + r, kSpanStride, drows_ + r, kSpanStride);
     for (int64_t c = kLabelGroup; c < p_.labels; c += kLabelGroup) {

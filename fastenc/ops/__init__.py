@@ -2,6 +2,7 @@
 
 from fastenc.ops._registry import backends, debug_checks, record, use_backend
 from fastenc.ops.add_layer_norm import add_layer_norm
+from fastenc.ops.disentangled_attention import disentangled_attention
 from fastenc.ops.flash_attn import flash_attn_varlen_func
 from fastenc.ops.geglu import geglu
 from fastenc.ops.rope import rope
@@ -16,6 +17,7 @@ __all__ = [
     "add_layer_norm",
     "backends",
     "debug_checks",
+    "disentangled_attention",
     "flash_attn_varlen_func",
     "geglu",
     "record",
