@@ -105,8 +105,8 @@ inline BackwardPlan make_backward_plan(const AttentionProblem& p) {
       const int64_t first = static_cast<int64_t>(plan.tasks.size());
       for (int64_t begin = 0; begin < n; begin += size) {
         const int64_t end = std::min(begin + size, n);
-        BackwardTask task{static_cast<int32_t>(seq), static_cast<int32_t>(head), begin, end, 0, 0,
-                          -1};
+        BackwardTask task{
+            static_cast<int32_t>(seq), static_cast<int32_t>(head), begin, end, 0, 0, -1};
         task.query_begin = round_down(std::max<int64_t>(0, begin - p.right(n)), kQueryGrid);
         task.query_end = round_up(std::min(n, end + p.left(n)), kQueryGrid);
         if (n > size) {

@@ -24,7 +24,8 @@ FASTENC_INLINE void store_some(T* p, vf x, int n) {
   n == kLanes ? store(p, x) : store_n(p, x, n);
 }
 
-// Consecutive tokens of a head lie a page apart in a packed qkv, where no hardware prefetcher follows.
+// Consecutive tokens of a head lie a page apart in a packed qkv, where no hardware prefetcher
+// follows.
 template <typename T>
 FASTENC_INLINE void prefetch_row(const T* row, int64_t n) {
   constexpr int64_t kCacheLine = 64 / sizeof(T);

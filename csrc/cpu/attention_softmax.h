@@ -125,8 +125,8 @@ FASTENC_INLINE void scores_of(int64_t rows, int64_t head_dim, const float* keys,
                              queries, n, scores, n);
   if constexpr (LD > kPart) {
     for (int64_t d = kPart; d < head_dim; d += kPart) {
-      gemm<NV, Into::kAdd>(rows, std::min(head_dim - d, kPart), keys + d, LD, 1, queries + d * n,
-                           n, scores, n);
+      gemm<NV, Into::kAdd>(rows, std::min(head_dim - d, kPart), keys + d, LD, 1, queries + d * n, n,
+                           scores, n);
     }
   }
 }
@@ -231,10 +231,10 @@ template <int NV>
 FASTENC_INLINE void softmax_block(const AttentionScope& s, int64_t query, int64_t key_begin,
                                   int64_t key_end, bool first, float* scores, SoftmaxState state) {
   const bool dropout = s.dropout->active();
-  const auto block = s.bias ? dropout ? softmax_block_of<NV, true, true>
-                                      : softmax_block_of<NV, true, false>
-                     : dropout ? softmax_block_of<NV, false, true>
-                               : softmax_block_of<NV, false, false>;
+  const auto block =
+      s.bias    ? dropout ? softmax_block_of<NV, true, true> : softmax_block_of<NV, true, false>
+      : dropout ? softmax_block_of<NV, false, true>
+                : softmax_block_of<NV, false, false>;
   block(s, query, key_begin, key_end, first, scores, state);
 }
 

@@ -3,7 +3,8 @@
 // With P = exp(S - lse) made again from the inputs, D the dropout mask over 1 - p, and
 // delta = rowsum(out * dout) - dlse:
 //
-//   dv = (P D)^T dout     dP = D (dout v^T)     dS = P (dP - delta)     dq = s dS k     dk = s dS^T q
+//   dv = (P D)^T dout     dP = D (dout v^T)     dS = P (dP - delta)     dq = s dS k     dk = s dS^T
+//   q
 
 #include <algorithm>
 #include <cstdint>
@@ -411,8 +412,7 @@ Tensor rope_varlen_attention_bwd(Tensor grad_out, std::optional<Tensor> grad_lse
                                  double scale, double dropout_p, std::optional<Tensor> seed) {
   FASTENC_COUNT_LAUNCH("rope_varlen_attention_bwd");
   OwnedProblem p = make_rope_problem(
-      qkv, cos, sin, cu_seqlens,
-      {max_seqlen, window_left, window_right, scale, dropout_p, seed});
+      qkv, cos, sin, cu_seqlens, {max_seqlen, window_left, window_right, scale, dropout_p, seed});
   Tensor dqkv = torch::stable::new_empty(qkv, {p.total_tokens, 3, p.heads, p.head_dim});
   const auto part = [&](int64_t i) { return torch::stable::select(dqkv, 1, i); };
   backward(&p, {grad_out, grad_lse, out, lse}, part(0), part(1), part(2), std::nullopt);
