@@ -25,15 +25,16 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.built
+# Each of these builds the library once, together with what it needs to run.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[demo,cli]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/.built
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[test]"
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.built
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[bench]"
 	touch $@
 
