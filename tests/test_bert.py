@@ -120,9 +120,9 @@ def test_dropout_is_fair():
     with torch.no_grad():
         still = ours(**inputs).last_hidden_state
         ours.train()
-        drawn = torch.stack([ours(**inputs).last_hidden_state for _ in range(300)])
+        drawn = torch.stack([ours(**inputs).last_hidden_state for _ in range(100)])
     assert drawn.std(0).max() > 0
-    torch.testing.assert_close(drawn.mean(0), still, rtol=0, atol=0.1)
+    torch.testing.assert_close(drawn.mean(0), still, rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize("message, inputs", [

@@ -13,6 +13,8 @@ configurations of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers.models.modernbert import modeling_modernbert as hf
@@ -120,11 +122,13 @@ def _gate(mlp: nn.Module, x: Tensor) -> Tensor:
 # ---- attention -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Turn:
-    """How one layer type rotates: tables by position, or a row of cos and sin for each token."""
+    """How one layer type rotates: by position, or (``rows`` given) by a row for each token."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, rows: Tensor | None) -> None:
-        self.cos, self.sin, self.rows = cos, sin, rows
+    cos: Tensor
+    sin: Tensor
+    rows: Tensor | None
 
 
 class _Rotations:
