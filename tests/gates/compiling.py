@@ -1,0 +1,230 @@
+"""Compile what the ops launch, for chips that are not here, and read what came out.
+
+The ops' own host code runs on CPU tensors; a stand-in driver names the target, and every launch
+is compiled with the specialisation that a GPU call would get (alignment and divisibility of its
+real arguments) instead of being run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from fastenc.triton_kernels import _common
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+class _Driver:
+    """Answers what Triton asks before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+@dataclass
+class Compiled:
+    """One kernel for one target. ``instructions``: counts by opcode with its width, as in SASS."""
+
+    name: str
+    chip: str
+    options: dict
+    shared: int
+    registers: int
+    spills: int
+    instructions: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def settings(self) -> str:
+        shown = {k: v for k, v in self.options.items() if not isinstance(v, tuple) and v != 0}
+        return " ".join(k if v is True else f"{k}={v}" for k, v in shown.items())
+
+    def count(self, pattern: str) -> int:
+        return sum(n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [os.path.join(TOOLS, name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """Registers, bytes of stack and local memory, and instruction counts."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    counts: dict[str, int] = {}
+    for opcode in re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M):
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return int(used[1]), int(used[2]) + int(used[3]), counts
+
+
+def _read_amdgcn(text: str) -> tuple[int, int, dict[str, int]]:
+    def value(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+    counts: dict[str, int] = {}
+    for opcode in re.findall(r"^\t([a-z]+_\w+)", text, re.M):
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count"), counts
+
+
+def compile_launch(chip: str, kernel, grid: tuple, args: tuple, options: dict) -> Compiled:
+    kernel.device_caches.clear()
+    built = kernel.warmup(*args, grid=grid, **options)
+    if TARGETS[chip].backend == "hip":
+        registers, spills, counts = _read_amdgcn(built.asm["amdgcn"])
+    else:
+        registers, spills, counts = _read_cubin(built.asm["cubin"])
+        if "tcgen05.mma" in built.asm["ptx"]:
+            counts["tcgen05.mma"] = built.asm["ptx"].count("tcgen05.mma")
+    stem = kernel.fn.__module__.rpartition(".")[2]
+    return Compiled(
+        f"{stem}.{kernel.fn.__name__}",
+        chip,
+        options,
+        built.metadata.shared,
+        registers,
+        spills,
+        counts,
+    )
+
+
+@contextlib.contextmanager
+def target(chip: str, launch: Callable, every_candidate: bool = False) -> Iterator[None]:
+    """Within: the host code sees ``chip``, and ``launch`` gets each kernel launch."""
+    before = _common.launch, _common.chip_of, _common.run_chosen
+    active = driver._active
+
+    def run_all(key, device, candidates, run):
+        for candidate in candidates:
+            run(candidate)
+
+    _common.launch = launch
+    _common.chip_of = lambda device: _common.CHIPS[chip]
+    if every_candidate:
+        _common.run_chosen = run_all
+    driver.set_active(_Driver(TARGETS[chip]))
+    try:
+        yield
+    finally:
+        driver._active = active
+        _common.launch, _common.chip_of, _common.run_chosen = before
+
+
+def compile_calls(
+    chip: str, calls: list[Callable[[], object]], every_candidate: bool = False
+) -> list[Compiled]:
+    """Every distinct kernel that ``calls`` launch on ``chip``, compiled."""
+    seen: dict[tuple, Compiled] = {}
+
+    def launch(kernel, grid, *args, **options):
+        kinds = tuple(
+            str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args
+        )
+        key = (kernel.fn.__name__, kinds, tuple(sorted(options.items())))
+        if key not in seen:
+            seen[key] = compile_launch(chip, kernel, grid, args, options)
+
+    with target(chip, launch, every_candidate):
+        for call in calls:
+            call()
+    return list(seen.values())
+
+
+# ---- verdicts ----------------------------------------------------------------------------------
+
+PRODUCTS = ("forward_kernel", "backward_kernel", "partial_kernel")
+# These touch one row a sequence, a table or a list: nothing there is worth 16 bytes.
+SMALL = {
+    "_attention._schedule_kernel",
+    "add_layer_norm._reduce_kernel",
+    "segment_pool._finish_kernel",
+    "segment_pool._pick_kernel",
+    "varlen_attention_bias.bias_reduce_kernel",
+}
+NARROW = r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.[US](16|8)(\.\w+)*"
+WIDE = r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.128(\.\w+)*"
+MATRIX = {
+    "sm_80": r"HMMA\..*",
+    "sm_90": r"HGMMA\..*",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma.*",
+}
+
+
+def multiplies(kernel: Compiled) -> bool:
+    return "attention" in kernel.name and kernel.name.endswith(PRODUCTS)
+
+
+def narrow_allowed(kernel: Compiled) -> int | None:
+    """16-bit accesses that are meant: gathers of the bias table, one row of a pooled gradient."""
+    if kernel.options.get("BIAS") or "bias" in kernel.name:
+        return None
+    return 1 if kernel.name == "segment_pool._backward_kernel" else 0
+
+
+def faults(kernel: Compiled, sixteen_bit: bool, vectors: bool = True) -> list[str]:
+    """What the gates hold against ``kernel``. ``vectors``: its rows allow 16-byte accesses."""
+    found = []
+    if kernel.chip == "sm_90" and kernel.spills:
+        found.append(f"{kernel.spills} bytes of spills")
+    limit = _common.CHIPS[kernel.chip].shared
+    if kernel.shared > limit:
+        found.append(f"{kernel.shared} bytes of shared memory, the chip has {limit}")
+    if multiplies(kernel) and sixteen_bit and not kernel.count(MATRIX[kernel.chip]):
+        found.append(f"no {MATRIX[kernel.chip]}")
+    if multiplies(kernel) and not sixteen_bit and kernel.count(r"HG?MMA.*TF32.*"):
+        found.append("fp32 products run in tf32")
+    if TARGETS[kernel.chip].backend == "cuda" and vectors and kernel.name not in SMALL:
+        allowed = narrow_allowed(kernel)
+        narrow = kernel.count(NARROW)
+        if allowed is not None and narrow > allowed:
+            found.append(f"{narrow} accesses of 16 bits or less")
+        if not kernel.count(WIDE):
+            found.append("no 16-byte access")
+    return found
+
+
+def table(kernels: list[Compiled]) -> str:
+    """Registers, shared memory and spills, one line a kernel and target."""
+    lines = [f"{'target':7} {'kernel':44} {'regs':>4} {'shared':>7} {'spills':>6}  settings"]
+    for k in sorted(kernels, key=lambda k: (k.name, k.settings, k.chip)):
+        lines.append(
+            f"{k.chip:7} {k.name:44} {k.registers:4} {k.shared:7} {k.spills:6}  {k.settings}"
+        )
+    return "\n".join(lines)

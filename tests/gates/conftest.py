@@ -1,0 +1,52 @@
+"""Gates: every GPU configuration compiled without a GPU and judged; make test takes "not slow".
+
+Kernels are compiled afresh, in a folder of their own; the table of all of them ends the report.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+compiled: list = []
+
+
+def pytest_collection_modifyitems(config, items):
+    if not INTERPRETED:
+        return
+    for item in items:
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET=1 compiles nothing"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_cache(tmp_path_factory):
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    if before is None:
+        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def report():
+    """``report(kernels)`` adds them to the table at the end."""
+    return compiled.extend
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not compiled:
+        return
+    from compiling import table
+
+    terminalreporter.section("compiled kernels")
+    terminalreporter.write_line(table(compiled))

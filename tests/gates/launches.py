@@ -1,0 +1,127 @@
+"""The calls whose kernels are compiled: a few of each kind by default, the grid on request."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastenc.triton_kernels import (
+    add_layer_norm,
+    geglu,
+    rope,
+    rope_varlen_attention,
+    segment_pool,
+    varlen_attention,
+)
+
+TOKENS = 4096
+HEADS = 12
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Call = Callable[[], object]
+
+
+def _cu() -> torch.Tensor:
+    return torch.zeros(9, dtype=torch.int32)
+
+
+def call_geglu(intermediate: int, dtype: torch.dtype, activation: str = "gelu") -> None:
+    x = torch.empty(TOKENS, 2 * intermediate, dtype=dtype)
+    geglu.geglu_bwd(geglu.geglu_fwd(x, activation), x, activation)
+
+
+def call_rope(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    x = torch.empty(64, 3, heads, head_dim, dtype=dtype)[:, :2]
+    table = torch.empty(64, head_dim // 2, dtype=dtype)
+    positions = torch.zeros(64, dtype=torch.int64)
+    rope.rope_bwd(rope.rope_fwd(x, table, table, positions), table, table, positions)
+
+
+def call_add_layer_norm(hidden: int, dtype: torch.dtype, residual: bool, bias: bool) -> None:
+    x, weight = torch.empty(64, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
+    more = x if residual else None
+    outputs = add_layer_norm.add_layer_norm_fwd(x, more, weight, weight if bias else None, 1e-5)
+    add_layer_norm.add_layer_norm_bwd(x, more, x, weight, *outputs[2:], bias)
+
+
+def call_segment_pool(hidden: int, dtype: torch.dtype, mode: str) -> None:
+    x = torch.empty(64, hidden, dtype=dtype)
+    out, index = segment_pool.segment_pool_fwd(x, _cu(), mode)
+    segment_pool.segment_pool_bwd(out, index, _cu(), 64, mode)
+
+
+def call_attention(
+    head_dim: int, dtype: torch.dtype, window: tuple[int, int], dropout: bool = False,
+    bias: bool = False, rope: bool = False, grad_lse: bool = False,
+) -> None:  # fmt: skip
+    qkv = torch.empty(64, 3, HEADS, head_dim, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    shape = (_cu(), 64, *window, head_dim**-0.5, 0.1 if dropout else 0.0, seed)
+    dlse = torch.empty(HEADS, 64) if grad_lse else None
+    if rope:
+        tables = (torch.empty(64, head_dim // 2, dtype=dtype),) * 2
+        out, lse = rope_varlen_attention.rope_varlen_attention_fwd(qkv, *tables, *shape)
+        rope_varlen_attention.rope_varlen_attention_bwd(
+            out, dlse, qkv, *tables, out, lse, *shape
+        )  # fmt: skip
+        return
+    table = torch.empty(HEADS, 257, dtype=dtype) if bias else None
+    q, k, v = qkv.unbind(1)
+    out, lse = varlen_attention.varlen_attention_fwd(q, k, v, *shape, table)
+    varlen_attention.varlen_attention_bwd(out, dlse, q, k, v, out, lse, *shape, table)
+
+
+GLOBAL, LOCAL, WIDE = (-1, -1), (64, 64), (512, 0)
+
+
+def default_calls() -> dict[str, list[Call]]:
+    """What ModernBERT, BERT and MPNet launch, by op."""
+    bind = functools.partial
+    return {
+        "geglu": [bind(call_geglu, 1152, BF16), bind(call_geglu, 1152, FP32)],
+        "rope": [bind(call_rope, 12, 64, BF16)],
+        "add_layer_norm": [
+            bind(call_add_layer_norm, 768, BF16, True, False),
+            bind(call_add_layer_norm, 768, FP32, True, True),
+        ],
+        "segment_pool": [bind(call_segment_pool, 768, BF16, "mean")],
+        "varlen_attention": [
+            bind(call_attention, 64, BF16, GLOBAL),
+            bind(call_attention, 64, BF16, LOCAL),
+            bind(call_attention, 64, BF16, GLOBAL, dropout=True),
+            bind(call_attention, 64, BF16, GLOBAL, bias=True),
+            bind(call_attention, 64, FP32, LOCAL),
+        ],
+        "rope_varlen_attention": [
+            bind(call_attention, 64, BF16, GLOBAL, rope=True),
+            bind(call_attention, 64, BF16, LOCAL, rope=True),
+        ],
+    }
+
+
+def all_calls() -> Iterator[tuple[str, Call]]:
+    bind = functools.partial
+    for intermediate, dtype in itertools.product((1152, 2624, 3072, 1100), (BF16, FP16, FP32)):
+        for activation in ("gelu", "gelu_tanh", "silu"):
+            yield "geglu", bind(call_geglu, intermediate, dtype, activation)
+    for (heads, head_dim), dtype in itertools.product(
+        ((12, 64), (16, 64), (12, 32), (8, 96), (8, 128)), (BF16, FP16, FP32)
+    ):
+        yield "rope", bind(call_rope, heads, head_dim, dtype)
+    for hidden, dtype in itertools.product((384, 768, 1024, 5000, 8192), (BF16, FP32)):
+        for residual, bias in ((True, False), (False, True)):
+            yield "add_layer_norm", bind(call_add_layer_norm, hidden, dtype, residual, bias)
+    for dtype, mode in itertools.product((BF16, FP32), ("mean", "cls", "max", "last")):
+        yield "segment_pool", bind(call_segment_pool, 768, dtype, mode)
+    for head_dim, dtype, window in itertools.product(
+        (32, 64, 96, 128, 80, 8), (BF16, FP16, FP32), (GLOBAL, LOCAL, (128, 128), WIDE)
+    ):
+        if dtype == FP16 and head_dim != 64:
+            continue
+        yield "varlen_attention", bind(call_attention, head_dim, dtype, window)
+        yield "rope_varlen_attention", bind(call_attention, head_dim, dtype, window, rope=True)
+        if window in (GLOBAL, LOCAL) and head_dim != 8:
+            extras = {"dropout": True, "bias": True, "grad_lse": True}
+            yield "varlen_attention", bind(call_attention, head_dim, dtype, window, **extras)
