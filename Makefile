@@ -46,7 +46,6 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(PY) -m pytest tests --ignore=tests/interpreter --ignore=tests/gates
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
-	$(if $(wildcard tests/gates/test_*.py),$(PY) -m pytest tests/gates -m "not slow")
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .
