@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # Imported when first asked for: `import fastenc` brings neither transformers nor tokenizers.
 _HOMES = {
     "BertModel": "fastenc.models",
+    "DebertaV2Model": "fastenc.models",
     "Encoder": "fastenc.encoder",
     "ModernBertForMaskedLM": "fastenc.models",
     "ModernBertForMultipleChoice": "fastenc.models",

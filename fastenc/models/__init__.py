@@ -6,6 +6,7 @@ import importlib
 
 _HOMES = {
     "BertModel": "bert",
+    "DebertaV2Model": "deberta",
     "ModernBertForMaskedLM": "heads",
     "ModernBertForMultipleChoice": "heads",
     "ModernBertForQuestionAnswering": "heads",
