@@ -1,4 +1,8 @@
-"""Builds ``fastenc._C`` (CPU kernels and host code) against torch's stable ABI.
+"""Builds ``fastenc._C`` (CPU kernels and host code) and, where nvcc is, ``fastenc._cuda``.
+
+Both are built against torch's stable ABI. The CUDA library needs neither a GPU nor a torch with
+CUDA to be built, which torch's CUDAExtension would ask for; so nvcc is called here.
+Environment: FASTENC_CUDA=0/1, FASTENC_CUDA_ARCHS, MAX_JOBS (docs/install.md).
 
 The Python sources of ``triton_kernels/`` are installed as ``fastenc.triton_kernels`` and under no
 other name: ``triton_kernels`` alone is an upstream package.
@@ -7,14 +11,21 @@ other name: ``triton_kernels`` alone is an upstream package.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import pybind11
-from setuptools import find_packages, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, find_packages, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
+DEFAULT_ARCHS = "80;90a"
 
 
 def cpu_extension() -> CppExtension:
@@ -37,10 +48,144 @@ def cpu_extension() -> CppExtension:
     )
 
 
-setup(
-    packages=[*find_packages(include=["fastenc", "fastenc.*"]), "fastenc.triton_kernels"],
-    package_dir={"fastenc.triton_kernels": "triton_kernels"},
-    package_data={"fastenc": ["py.typed"]},
-    ext_modules=[cpu_extension()],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-)
+# ---- the CUDA library ----------------------------------------------------------------------------
+
+
+def find_nvcc(env: Mapping[str, str]) -> str | None:
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    named = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    return named or shutil.which("nvcc", path=env.get("PATH", ""))
+
+
+def choose_cuda(env: Mapping[str, str]) -> tuple[str | None, str]:
+    """(nvcc or None, the line to print). FASTENC_CUDA=1 without nvcc is an error."""
+    wanted = env.get("FASTENC_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"FASTENC_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return None, "fastenc: the CUDA library is not built (FASTENC_CUDA=0)"
+    nvcc = find_nvcc(env)
+    if nvcc is None and wanted == "1":
+        raise SystemExit("FASTENC_CUDA=1, but nvcc was not found (PATH, CUDA_HOME)")
+    if nvcc is None:
+        return None, "fastenc: the CUDA library is not built (nvcc was not found)"
+    archs = ", ".join(f"sm_{a}" for a in cuda_archs(env))
+    return nvcc, f"fastenc: the CUDA library is built with {nvcc} for {archs}"
+
+
+def cuda_archs(env: Mapping[str, str]) -> list[str]:
+    """FASTENC_CUDA_ARCHS, such as "80;90a": 80 and up; "a" and "f" are nvcc's suffixes."""
+    text = env.get("FASTENC_CUDA_ARCHS") or DEFAULT_ARCHS
+    archs = [a for a in re.split(r"[;, ]+", text) if a]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
+            raise SystemExit(
+                f'FASTENC_CUDA_ARCHS: expected 80 or later, such as "80;90a", got {arch!r}'
+            )
+    return archs
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """Code for each architecture, and PTX of the oldest portable one for those yet to come."""
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    portable = sorted((a for a in archs if a.isdigit()), key=int)
+    if portable:
+        flags.append(f"-gencode=arch=compute_{portable[0]},code=compute_{portable[0]}")
+    return flags
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    return [
+        "-O3",
+        "-std=c++20",
+        "-DUSE_CUDA",
+        STABLE_ABI,
+        f'-DFASTENC_CUDA_ARCHS="{";".join(archs)}"',
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0",
+        "-Xptxas=-v",
+        *gencode(archs),
+        f"-I{ROOT}",
+        *(f"-isystem={path}" for path in include_paths()),
+    ]
+
+
+def included(source: str) -> list[str]:
+    """``source`` and the project's headers that it includes, directly or not."""
+    found = [os.path.abspath(source)]
+    for path in found:
+        with open(path) as file:
+            for name in re.findall(r'^#include "(.+)"', file.read(), re.MULTILINE):
+                header = os.path.normpath(os.path.join(os.path.dirname(path), name))
+                if header not in found:
+                    found.append(header)
+    return found
+
+
+def compile_cuda(nvcc: str, source: str, build_dir: str, flags: list[str]) -> str:
+    """One object file, unless nothing that it depends on has changed; ptxas' words beside it."""
+    stem = os.path.join(build_dir, os.path.splitext(os.path.basename(source))[0])
+    command = [nvcc, *flags, "-c", source, "-o", f"{stem}.o"]
+    digest = hashlib.sha256("\0".join(command).encode())
+    for path in included(source):
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    stamp = f"{stem}.stamp"
+    if os.path.exists(stamp) and os.path.exists(f"{stem}.o"):
+        with open(stamp) as file:
+            if file.read() == digest.hexdigest():
+                return f"{stem}.o"
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(f"{stem}.log", "w") as file:
+        file.write(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}")
+    with open(stamp, "w") as file:
+        file.write(digest.hexdigest())
+    return f"{stem}.o"
+
+
+def build_cuda(nvcc: str, archs: list[str], build_dir: str, library: str, jobs: int) -> None:
+    """csrc/cuda/*.cu into one shared library.
+
+    torch's symbols stay open until it is loaded; libtorch.so is where the loader looks for them:
+    with CUDA it brings libtorch_cuda.so, which a torch without CUDA has nothing to link to.
+    """
+    os.makedirs(build_dir, exist_ok=True)
+    os.makedirs(os.path.dirname(library) or ".", exist_ok=True)
+    sources = sorted(glob.glob(f"{ROOT}/csrc/cuda/*.cu"))
+    flags = nvcc_flags(archs)
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(lambda s: compile_cuda(nvcc, s, build_dir, flags), sources))
+    link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--no-as-needed"]
+    torch_libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch"]
+    subprocess.run(
+        [nvcc, *link, *gencode(archs), *objects, *torch_libraries, "-o", library], check=True
+    )
+
+
+def cuda_extension() -> Extension:
+    depends = glob.glob("csrc/cuda/*") + glob.glob("csrc/common/*.h")
+    return Extension("fastenc._cuda", sources=[], depends=sorted(depends))
+
+
+class Build(BuildExtension):
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != "fastenc._cuda":
+            super().build_extension(ext)
+            return
+        nvcc, _ = choose_cuda(os.environ)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        library = self.get_ext_fullpath(ext.name)
+        build_cuda(nvcc, cuda_archs(os.environ), f"{self.build_temp}/cuda", library, jobs)
+
+
+if __name__ == "__main__":
+    cuda, line = choose_cuda(os.environ)
+    print(line, flush=True)
+    setup(
+        packages=[*find_packages(include=["fastenc", "fastenc.*"]), "fastenc.triton_kernels"],
+        package_dir={"fastenc.triton_kernels": "triton_kernels"},
+        package_data={"fastenc": ["py.typed"]},
+        ext_modules=[cpu_extension(), *([cuda_extension()] if cuda else [])],
+        cmdclass={"build_ext": Build.with_options(use_ninja=True)},
+    )

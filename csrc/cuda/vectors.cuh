@@ -1,0 +1,172 @@
+// Vectors in and out of global memory: 16 bytes (or less, where the other operand is wider) a
+// thread; fp32 in registers, one rounding to nearest on the way out.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../common/row_tiles.h"
+#include "../common/simd_types.h"
+
+namespace fastenc::cuda {
+
+template <typename T>
+__device__ __forceinline__ float widen(T x);
+
+template <>
+__device__ __forceinline__ float widen<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float widen<bf16>(bf16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+template <>
+__device__ __forceinline__ float widen<fp16>(fp16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow(float x);
+
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ __forceinline__ fp16 narrow<fp16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// What x is once it has been stored as T and read back.
+template <typename T>
+__device__ __forceinline__ float rounded(float x) {
+  return widen<T>(narrow<T>(x));
+}
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// V consecutive elements as the registers hold them between load and use.
+template <typename T, int V>
+struct Pack {
+  static constexpr int kWord = V * sizeof(T) < kAccessBytes ? V * sizeof(T) : kAccessBytes;
+  static constexpr int kWords = V * sizeof(T) / kWord;
+  using W = typename Word<kWord>::type;
+  union {
+    W words[kWords];
+    T items[V];
+  };
+};
+
+template <typename T>
+struct Pack<T, 1> {
+  T items[1];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Pack<T, V> load(const T* p) {
+  Pack<T, V> pack;
+  if constexpr (V == 1) {
+    pack.items[0] = *p;
+  } else {
+    using W = typename Pack<T, V>::W;
+#pragma unroll
+    for (int i = 0; i < Pack<T, V>::kWords; ++i) {
+      pack.words[i] = reinterpret_cast<const W*>(p)[i];
+    }
+  }
+  return pack;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void unpack(const Pack<T, V>& pack, float (&out)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    out[i] = widen<T>(pack.items[i]);
+  }
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void load(const T* p, float (&out)[V]) {
+  unpack(load<V>(p), out);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store_as_is(T* p, const T (&x)[V]) {
+  if constexpr (V == 1) {
+    *p = x[0];
+  } else {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      pack.items[i] = x[i];
+    }
+    // The intrinsic is one instruction by contract. A plain assignment is not: nvcc 13.0 takes it
+    // apart where the words were put together from items, and stores 4 bytes at a time.
+    using W = typename Pack<T, V>::W;
+#pragma unroll
+    for (int i = 0; i < Pack<T, V>::kWords; ++i) {
+      __stwb(reinterpret_cast<W*>(p) + i, pack.words[i]);
+    }
+  }
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store(T* p, const float (&x)[V]) {
+  T out[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    out[i] = narrow<T>(x[i]);
+  }
+  store_as_is<V>(p, out);
+}
+
+// Elements of one 16-byte access.
+template <typename T>
+constexpr int kVector = kAccessBytes / sizeof(T);
+
+// A parameter whose dtype is no template argument: three times fewer kernels, for one uniform
+// branch a vector.
+enum class Dtype { kFloat, kBf16, kFp16 };
+
+struct Parameter {
+  const void* data;  // nullptr: absent
+  Dtype dtype;
+};
+
+template <int V>
+__device__ __forceinline__ void load(const Parameter& p, int64_t at, float (&out)[V]) {
+  if (p.dtype == Dtype::kFloat) {
+    load<V>(static_cast<const float*>(p.data) + at, out);
+  } else if (p.dtype == Dtype::kBf16) {
+    load<V>(static_cast<const bf16*>(p.data) + at, out);
+  } else {
+    load<V>(static_cast<const fp16*>(p.data) + at, out);
+  }
+}
+
+// Every lane gets the sum; a butterfly, so all lanes add in the same order.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, mask);
+  }
+  return x;
+}
+
+}  // namespace fastenc::cuda

@@ -1,0 +1,346 @@
+"""The CUDA library without a GPU: it compiles, what it compiled to, its symbols, its dispatch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(1800)  # the build, on a machine that does much else
+ARCHS = ("80", "90a")
+ROW_OPS = ("geglu", "rope", "add_layer_norm", "segment_pool")
+# 16-byte loads and stores that each vector kernel has at least. Their scalar siblings
+# (a width of 1, the first number in the name, or "loop" in it) serve what is not aligned.
+ACCESSES = {
+    "geglu_fwd_kernel": (2, 1),
+    "geglu_bwd_kernel": (3, 2),
+    "rope_kernel": (8, 8),
+    "add_layer_norm_fwd_kernel": (8, 8),
+    "add_layer_norm_bwd_kernel": (3, 2),
+    "add_layer_norm_sum_kernel": (1, 0),
+    "segment_pool_mean_kernel": (1, 1),
+    "segment_pool_max_kernel": (1, 2),
+    "segment_pool_bwd_kernel": (1, 1),
+}
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("fastenc_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- FASTENC_CUDA and FASTENC_CUDA_ARCHS ---------------------------------------------------------
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    return str(nvcc)
+
+
+def test_nvcc_decides(build, toolkit, tmp_path):
+    path = {"PATH": os.path.dirname(toolkit)}
+    assert build.choose_cuda(path)[0] == toolkit
+    assert build.choose_cuda({"PATH": "", "CUDA_HOME": str(tmp_path)})[0] == toolkit
+    assert build.choose_cuda({**path, "FASTENC_CUDA": "1"})[0] == toolkit
+    nvcc, line = build.choose_cuda({"PATH": ""})
+    assert nvcc is None and line == "fastenc: the CUDA library is not built (nvcc was not found)"
+
+
+def test_fastenc_cuda_forces(build, toolkit):
+    path = {"PATH": os.path.dirname(toolkit)}
+    assert build.choose_cuda({**path, "FASTENC_CUDA": "0"})[0] is None
+    with pytest.raises(SystemExit, match="nvcc was not found"):
+        build.choose_cuda({"PATH": "", "FASTENC_CUDA": "1"})
+    with pytest.raises(SystemExit, match="expected 0, 1 or nothing, got 'yes'"):
+        build.choose_cuda({**path, "FASTENC_CUDA": "yes"})
+
+
+def test_architectures(build):
+    assert build.cuda_archs({}) == ["80", "90a"]
+    assert build.gencode(["80", "90a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+    assert build.cuda_archs({"FASTENC_CUDA_ARCHS": "120, 89"}) == ["120", "89"]
+    assert build.gencode(["120", "89"])[-1] == "-gencode=arch=compute_89,code=compute_89"
+    assert build.gencode(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    for wrong in ("75", "sm_80", "80;hopper"):
+        with pytest.raises(SystemExit, match="FASTENC_CUDA_ARCHS: expected 80 or later"):
+            build.cuda_archs({"FASTENC_CUDA_ARCHS": wrong})
+
+
+def test_one_line_says_what_is_built():
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env={**os.environ, "FASTENC_CUDA": "0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == (
+        "fastenc: the CUDA library is not built (FASTENC_CUDA=0)"
+    )
+
+
+# ---- what was compiled ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(build):
+    """Built below build/, which git ignores: unchanged sources are not compiled again."""
+    nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
+    if nvcc is None:
+        pytest.skip(line)
+    folder = ROOT / "build" / "cuda_test"
+    path = folder / "_cuda.so"
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    build.build_cuda(nvcc, list(ARCHS), str(folder), str(path), jobs)
+    return path
+
+
+@dataclass
+class Kernel:
+    name: str
+    registers: int = 0
+    stack: int = 0
+    spilled: int = 0
+    opcodes: Counter = field(default_factory=Counter)
+
+    @property
+    def stem(self) -> str:
+        return self.name.split("<")[0]
+
+    @property
+    def scalar(self) -> bool:
+        width = re.search(r"\b\d+\b", self.name.partition("<")[2])
+        return "loop" in self.stem or (width is not None and width[0] == "1")
+
+
+def plain(symbols: list[str]) -> list[str]:
+    """Mangled kernel symbols as ``name<arguments>``."""
+    demangled = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    names = []
+    for full in demangled:
+        kernel = full.replace("(anonymous namespace)::", "").replace("fastenc::", "")
+        kernel = re.sub(r"\(cuda::Activation\)", "", kernel)
+        names.append(kernel.removeprefix("void ").removeprefix("cuda::").split("(")[0])
+    return names
+
+
+def ptxas_report(folder: Path) -> dict[str, dict[str, Kernel]]:
+    """{architecture: {symbol: Kernel}} from what ``-Xptxas -v`` said."""
+    found: dict[str, dict[str, Kernel]] = {f"sm_{a}": {} for a in ARCHS}
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    for log in sorted(folder.glob("*.log")):
+        for symbol, arch, stack, stores, loads, registers in entry.findall(log.read_text()):
+            found[arch][symbol] = Kernel("", int(registers), int(stack), int(stores) + int(loads))
+    return found
+
+
+def count_opcodes(objects: list[Path], arch: str, kernels: dict[str, Kernel]) -> None:
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = importlib.util.find_spec("triton")
+        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+        if bundled is None or not bundled.exists():
+            pytest.skip("cuobjdump was not found (CUDA toolkit, triton)")
+        tool = str(bundled)
+    for path in objects:
+        sass = subprocess.run(
+            [tool, "-sass", "-arch", arch, str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        for part in sass.split("Function : ")[1:]:
+            symbol = part.split(None, 1)[0]
+            opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", part)
+            kernels[symbol].opcodes.update(opcodes)
+
+
+@pytest.fixture(scope="module")
+def kernels(library) -> dict[str, list[Kernel]]:
+    report = ptxas_report(library.parent)
+    objects = sorted(o for o in library.parent.glob("*.o") if o.stem in ROW_OPS)
+    for arch, found in report.items():
+        count_opcodes(objects, arch, found)
+        for kernel, name in zip(found.values(), plain(list(found)), strict=True):
+            kernel.name = name
+    return {arch: list(found.values()) for arch, found in report.items()}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [f"sm_{a}" for a in ARCHS])
+def test_kernels_keep_everything_in_registers(kernels, arch):
+    print(f"\n{arch}: registers, 16-byte loads and stores, instructions")
+    for k in sorted(kernels[arch], key=lambda k: k.name):
+        print(
+            f"  {k.name:60} {k.registers:4} {wide(k, 'LDG'):3} {wide(k, 'STG'):3} "
+            f"{k.opcodes.total():6}"
+        )
+    assert {k.stem for k in kernels[arch]} >= set(ACCESSES)
+    for k in kernels[arch]:
+        assert k.registers and k.opcodes, f"{k.name}: not seen by ptxas or the disassembler"
+        assert (k.stack, k.spilled) == (0, 0), f"{k.name}: {k.stack} B stack, {k.spilled} spilled"
+        local = [op for op in k.opcodes if re.match(r"(LDL|STL)\b", op)]
+        assert local == [], f"{k.name}: local memory"
+
+
+def wide(kernel: Kernel, opcode: str) -> int:
+    return sum(n for op, n in kernel.opcodes.items() if re.match(rf"{opcode}\.E\.128\b", op))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [f"sm_{a}" for a in ARCHS])
+@pytest.mark.parametrize("stem", sorted(ACCESSES))
+def test_vector_kernels_move_16_bytes(kernels, arch, stem):
+    chosen = [k for k in kernels[arch] if k.stem == stem and not k.scalar]
+    assert len(chosen) >= 3  # one a dtype at least
+    loads, stores = ACCESSES[stem]
+    for k in chosen:
+        assert wide(k, "LDG") >= loads, f"{k.name}: {k.opcodes}"
+        assert wide(k, "STG") >= stores, f"{k.name}: {k.opcodes}"
+
+
+@needs_nvcc
+def test_it_needs_only_the_stable_abi(library):
+    lines = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    names = [line.split()[-1] for line in lines]
+    free = re.compile(
+        r"aoti_torch_\w+|torch_\w+|\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+"
+        r"|_ITM_\w+|__gmon_start__|__cxa_\w+"
+    )
+    assert [n for n in names if not free.fullmatch(n)] == []
+    assert "aoti_torch_get_current_cuda_stream" in names
+    needed = subprocess.run(
+        ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "cudart" not in needed and "libcuda" not in needed
+    assert set(re.findall(r"\[lib(?:torch|c10)\w*\.so.*?\]", needed)) == {"[libtorch.so]"}
+
+
+# ---- dispatch ------------------------------------------------------------------------------------
+
+# What a torch with CUDA has and the CPU wheel lacks, and a driver with one GPU.
+STUB = r"""
+#include <cstdlib>
+extern "C" {
+int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
+int cuInit(unsigned) { return 0; }
+int cuDeviceGetCount(int* count) { *count = 1; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  const int capability = std::atoi(std::getenv("STUB_CAPABILITY"));
+  *value = attribute == 75 ? capability / 10 : capability % 10;
+  return 0;
+}
+}
+"""
+
+PROLOGUE = """
+import ctypes, glob, sys, warnings
+import torch
+warnings.simplefilter("error")
+library, stub, built = sys.argv[1:]
+ctypes.CDLL(stub, ctypes.RTLD_GLOBAL)
+torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+found = glob.glob
+glob.glob = lambda p, **k: ([library] if built == "1" else []) if "_cuda" in p else found(p, **k)
+import fastenc
+from fastenc.ops import _library
+OPS = ("geglu", "rope", "add_layer_norm", "segment_pool")
+def serves(name):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+"""
+
+SERVED = """
+for op in OPS:
+    assert fastenc.backends()[op]["cuda"] == "available", fastenc.backends()[op]
+    for suffix in ("fwd", "bwd"):
+        assert _library.serves_cuda(f"{op}_{suffix}")
+        assert serves(f"fastenc::{op}_{suffix}") and serves(f"fastenc_cuda::{op}_{suffix}")
+# The dispatcher's own table names the library's registration, not a Python kernel.
+table = torch._C._dispatch_dump("fastenc::geglu_fwd")
+cuda = next(line for line in table.splitlines() if line.startswith("CUDA"))
+assert "python" not in cuda.lower(), table
+# A call through the boxed kernel counts, and its refusal arrives as an exception.
+x = torch.zeros(2, 8)
+cuda_key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+with fastenc.record() as record:
+    try:
+        torch.ops.fastenc.geglu_fwd.default.redispatch(cuda_key, x, "gelu")
+    except RuntimeError as error:
+        assert "expected a CUDA tensor" in str(error), error
+    else:
+        raise AssertionError("a CPU tensor was accepted")
+assert record.calls == {"geglu": {"cuda": 1}}, record.calls
+"""
+
+NOT_SERVED = """
+reason = fastenc.backends()["geglu"]["cuda"]
+assert {expected!r} in reason, reason
+for op in OPS:
+    assert not _library.serves_cuda(f"{{op}}_fwd") and not serves(f"fastenc_cuda::{{op}}_fwd")
+    assert serves(f"fastenc::{{op}}_fwd")  # Triton's
+assert _library.launch_counts().keys().isdisjoint({{("geglu", "cuda")}})
+"""
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "stub.cpp").write_text(STUB)
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", str(folder / "stub.cpp"), "-o", str(folder / "libcuda.so.1")],
+        check=True,
+    )
+    return folder / "libcuda.so.1"
+
+
+def run_with_gpu(script: str, library: Path, stub: Path, capability: str, built: str = "1"):
+    paths = [str(stub.parent), os.environ.get("LD_LIBRARY_PATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROLOGUE + script, str(library), str(stub), built],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)),
+             "STUB_CAPABILITY": capability},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Overriding" not in done.stderr, done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", ["80", "90", "120"])
+def test_the_default_op_reaches_the_library(library, stub, capability):
+    run_with_gpu(SERVED, library, stub, capability)
+
+
+@needs_nvcc
+def test_an_older_gpu_is_left_to_triton(library, stub):
+    expected = "serves sm_80 and later, a GPU here is sm_75"
+    run_with_gpu(NOT_SERVED.format(expected=expected), library, stub, "75")
+
+
+@needs_nvcc
+def test_without_the_library_triton_serves(library, stub):
+    run_with_gpu(NOT_SERVED.format(expected="is not built"), library, stub, "90", built="0")
