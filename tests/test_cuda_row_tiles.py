@@ -220,6 +220,10 @@ def test_flat_tiles_past_32_bits(lib, rows, columns):
         group, item = row // per_group, row % per_group * columns + column
         place = filled(lib.flat_one, rows, columns, group, item // threads, item % threads, size=3)
         assert place == [row, column, 1]
+    past = per_group * columns  # the first group's threads leave the next group's rows alone
+    for item in range(past, blocks * threads):
+        place = filled(lib.flat_one, rows, columns, 0, item // threads, item % threads, size=3)
+        assert not place[2]
     last = filled(lib.flat_one, rows, columns, groups - 1, blocks - 1, threads - 1, size=3)
     assert not last[2] or last[0] < rows
 
