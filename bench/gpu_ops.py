@@ -1,0 +1,238 @@
+"""Every op, forward and backward, beside its floor and its peers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+import fastenc
+from bench import gpu_peers as peers
+from bench.gpu_timing import (
+    CUDA,
+    DEVICE,
+    Deadline,
+    Timing,
+    attempt,
+    backward_call,
+    cold_copies,
+    timed,
+)
+from fastenc import testing
+
+BF16 = torch.bfloat16
+BACKENDS = ("cuda", "triton")
+RAGGED = tuple(16 + (37 * i) % 497 for i in range(128))  # half of 128 x 512
+Make = Callable[[], tuple]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape of one op. ``make()`` builds (arguments, leaves); ``runs``: {name: factory of fn}.
+
+    ``moved`` and ``flops``: what forward and backward cannot do without.
+    """
+
+    op: str
+    name: str
+    make: Make = field(repr=False)
+    runs: dict[str, Callable[[], Callable]] = field(repr=False)
+    moved: tuple[int, int]
+    flops: tuple[int, int] = (0, 0)
+
+
+def _ours(op: str, fn: Callable) -> dict[str, Callable[[], Callable]]:
+    """fastenc on each backend that serves this machine."""
+
+    def on(backend):
+        def run(*args):
+            with fastenc.use_backend(backend):
+                return fn(*args)
+
+        return lambda: run
+
+    usable = (b for b in BACKENDS if fastenc.backends()[op][b] == "available")
+    return {f"fastenc {backend}": on(backend) for backend in usable}
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=BF16)
+
+
+def _plain(fn: Callable) -> dict[str, Callable[[], Callable]]:
+    return {"torch": lambda: fn, "torch.compile": lambda: peers.compiled(fn)}
+
+
+def geglu_rows() -> Iterator[Row]:
+    shapes = ((8192, 1152), (65536, 1152), (65536, 2624)) if CUDA else ((4, 16),)
+    for tokens, intermediate in shapes:
+
+        def make(tokens=tokens, intermediate=intermediate):
+            x = _random(tokens, 2 * intermediate).requires_grad_()
+            return (x,), (x,)
+
+        elements = 2 * tokens * intermediate
+        yield Row(
+            "geglu", f"{tokens}x{2 * intermediate}", make,
+            {**_ours("geglu", fastenc.geglu), **_plain(peers.geglu),
+             "Liger (tanh)": lambda: peers.liger_geglu},
+            (3 * elements, 5 * elements),
+        )  # fmt: skip
+
+
+def rope_rows() -> Iterator[Row]:
+    for tokens in (8192, 65536) if CUDA else (4,):
+
+        def make(tokens=tokens):
+            x = _random(tokens, 3, 12, 64)[:, :2].requires_grad_()
+            tables = (t.to(DEVICE, BF16) for t in testing.rope_tables(512, 64))
+            return (x, *tables, torch.arange(tokens, device=DEVICE) % 512), (x,)
+
+        moved = 4 * tokens * 2 * 12 * 64
+        yield Row(
+            "rope", f"{tokens}x2x12x64", make,
+            {**_ours("rope", fastenc.rope), **_plain(peers.rope)}, (moved, moved),
+        )  # fmt: skip
+
+
+def add_layer_norm_rows() -> Iterator[Row]:
+    for tokens, hidden in ((8192, 768), (65536, 768), (65536, 1024)) if CUDA else ((4, 16),):
+
+        def make(tokens=tokens, hidden=hidden):
+            x, residual = (_random(tokens, hidden).requires_grad_() for _ in range(2))
+            weight = _random(hidden).requires_grad_()
+            return (x, residual, weight), (x, residual, weight)
+
+        yield Row(
+            "add_layer_norm", f"{tokens}x{hidden}", make,
+            {**_ours("add_layer_norm", fastenc.add_layer_norm), **_plain(peers.add_layer_norm),
+             "Liger": lambda: peers.liger_add_layer_norm},
+            (8 * tokens * hidden, 6 * tokens * hidden),
+        )  # fmt: skip
+
+
+def segment_pool_rows() -> Iterator[Row]:
+    for lengths in ((512,) * 128, (8192,), RAGGED) if CUDA else ((3, 5),):
+
+        def make(lengths=lengths):
+            x = _random(sum(lengths), 768 if CUDA else 16).requires_grad_()
+            return (x, testing.cu_seqlens_of(lengths, DEVICE)), (x,)
+
+        moved = 2 * sum(lengths) * 768
+        yield Row(
+            "segment_pool", _name(lengths), make,
+            {**_ours("segment_pool", fastenc.segment_pool), **_plain(peers.segment_mean)},
+            (moved, moved),
+        )  # fmt: skip
+
+
+def _name(lengths: tuple[int, ...]) -> str:
+    one = len(set(lengths)) == 1
+    return f"{len(lengths)}x{lengths[0]}" if one else f"{len(lengths)} ragged, {sum(lengths)}"
+
+
+def attention_rows() -> Iterator[Row]:
+    batches = ((512,) * 64, (8192,) * 4, RAGGED) if CUDA else ((3, 5),)
+    heads, head_dim = (12, 64) if CUDA else (1, 16)
+    for lengths in batches:
+        for window in ((64, 64), (-1, -1)):
+            yield from _attention_rows(lengths, window, heads, head_dim)
+
+
+def _attention_rows(lengths, window, heads, head_dim) -> Iterator[Row]:
+    total, longest = sum(lengths), max(lengths)
+    cu = testing.cu_seqlens_of(lengths, DEVICE)
+    flops = 4 * testing.useful_pairs(lengths, window) * heads * head_dim
+    elements = total * heads * head_dim
+    work = (8 * elements, 16 * elements), (flops, flops * 5 // 2)
+    name = f"{_name(lengths)} window {window[0]}"
+
+    def make():
+        qkv = _random(total, 3, heads, head_dim).requires_grad_()
+        return tuple(qkv.unbind(1)), (qkv,)
+
+    def ours(q, k, v):
+        return fastenc.varlen_attention(q, k, v, cu, longest, window)
+
+    yield Row(
+        "varlen_attention", name, make,
+        {**_ours("varlen_attention", ours), **peers.attention_peers(cu, lengths, window)}, *work,
+    )  # fmt: skip
+
+    tables = tuple(t.to(DEVICE, BF16) for t in testing.rope_tables(longest, head_dim))
+
+    def make_qkv():
+        qkv = _random(total, 3, heads, head_dim).requires_grad_()
+        return (qkv,), (qkv,)
+
+    def rotated(qkv):
+        return fastenc.rope_varlen_attention(qkv, *tables, cu, longest, window)
+
+    yield Row(
+        "rope_varlen_attention", name, make_qkv, _ours("rope_varlen_attention", rotated), *work
+    )
+
+
+def rows() -> Iterator[Row]:
+    yield from attention_rows()
+    yield from geglu_rows()
+    yield from rope_rows()
+    yield from add_layer_norm_rows()
+    yield from segment_pool_rows()
+
+
+def _time(factory, sets: list[tuple], backward: bool) -> Timing:
+    fn = factory()
+    if not backward:
+        with torch.no_grad():
+            calls = [functools.partial(fn, *args) for args, _ in sets]
+            return timed(calls)
+    calls = [backward_call(functools.partial(fn, *args), leaves) for args, leaves in sets]
+    return timed(calls)
+
+
+def measure_row(row: Row, ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
+    """The row's two records, forward and backward: times, floor, floor / measured, errors."""
+    results = []
+    for backward in (False, True):
+        moved, flops = row.moved[backward], row.flops[backward]
+        floor = max(moved / ceilings["copy"], flops / ceilings["matrix_bf16"])
+        sets = [row.make() for _ in range(cold_copies(moved))]
+        runs: dict[str, dict] = {}
+        for name, factory in row.runs.items():
+            if deadline.left <= 0:
+                runs[name] = {"error": "out of time"}
+                continue
+            runs[name] = attempt(functools.partial(_time, factory, sets, backward))
+            if "seconds" in runs[name]:
+                runs[name]["floor_over_measured"] = floor / runs[name]["seconds"]
+        results.append({
+            "op": row.op, "shape": row.name, "direction": "backward" if backward else "forward",
+            "bytes": moved, "flops": flops, "floor_seconds": floor, "runs": runs,
+        })  # fmt: skip
+        del sets
+    return results
+
+
+def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
+    results = []
+    for row in rows():
+        results += measure_row(row, ceilings, deadline)
+        for record in results[-2:]:
+            print(line(record), flush=True)
+        if CUDA:
+            torch.cuda.empty_cache()
+    return results
+
+
+def line(record: dict) -> str:
+    shown = []
+    for name, run in record["runs"].items():
+        if "seconds" in run:
+            shown.append(f"{name} {run['seconds'] * 1e6:.1f} us ({run['floor_over_measured']:.0%})")
+        else:
+            shown.append(f"{name}: {run['error'].splitlines()[0][:60]}")
+    head = f"{record['op']} {record['shape']} {record['direction']}"
+    return f"{head}: floor {record['floor_seconds'] * 1e6:.1f} us | " + " | ".join(shown)

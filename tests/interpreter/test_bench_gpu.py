@@ -1,0 +1,26 @@
+"""``python -m bench.gpu`` at toy size: every line runs, and a peer that fails is only recorded."""
+
+import json
+
+from bench import gpu, gpu_peers
+
+
+def test_whole_benchmark_at_toy_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_peers, "compiled", lambda fn: fn)  # the compiler is not under test
+    path = gpu.main(["--out", str(tmp_path / "run.json")])
+    result = json.loads(path.read_text())
+    assert result["gpu tests"]["status"] == 0, result["gpu tests"]["output"]
+    assert result["cpu tests"]["status"] == 0, result["cpu tests"]["output"]
+    assert {"machine", "date", "commit", "versions", "backends", "ceilings"} <= result.keys()
+    assert {r["op"] for r in result["ops"]} == {
+        "geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention",
+        "rope_varlen_attention",
+    }  # fmt: skip
+    for record in result["ops"]:
+        ours = record["runs"]["fastenc triton"]
+        assert ours["seconds"] > 0 and ours["floor_over_measured"] > 0, record
+    refused = [r["runs"]["cuDNN SDPA"] for r in result["ops"] if "cuDNN SDPA" in r["runs"]]
+    assert all("error" in run for run in refused)
+    for record in result["models"]:
+        assert record["runs"]["fastenc"]["difference"] < 1e-4, record
+        assert record["runs"]["fastenc"]["fallbacks"] == []
