@@ -14,12 +14,13 @@
 //   2  prefetch (a row is a page from the next), a
 //      chunk's heads in turn: they share its pages      0.70     0.77 *
 //   3  512 queries, a window's state for one block,
-//      prefetch of the next block                       0.74     0.70     0.98     1.00
+//      prefetch of the next block                       0.68     0.69     0.96     1.00
 //   AVX2 (MKL held to AVX2 too)
 //   1                                                   0.61     0.51     0.89     0.90
-//   3                                                   0.68     0.66     0.94
+//   3                                                   0.68     0.69     0.92
 //
-// (*) sgemm itself was slowed in that run. What is left under the prediction is memory: each
+// (*) Other work slowed sgemm more than this kernel in that run; row 3 was timed on a quieter
+// machine than rows 1 and 2. What is left under the prediction is memory: each
 // row of a head is a page of its own in a packed qkv. torch's sdpa with a mask takes 4x the time
 // at 4x512, 70x at 1x8192.
 

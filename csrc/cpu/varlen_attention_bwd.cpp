@@ -6,8 +6,8 @@
 //   dv = (P D)^T dout    dP = D (dout v^T)    dS = P (dP - delta)    dq = s dS k    dk = s dS^T q
 //
 // Five products to the forward's two, on the same tile. In units of the forward's time, measured
-// as the forward was (see its file): AVX-512 2.40 (4x512, window 64), 2.47 (1x2048), 2.38 (8x128);
-// AVX2 2.36 (4x512, window 64). At 1x8192 with window 64 it is 3.5; part of that is page faults, as
+// as the forward was (see its file): AVX-512 2.38 (4x512, window 64), 2.45 (1x2048), 2.38 (8x128);
+// AVX2 2.36 (4x512, window 64). At 1x8192 with window 64 it is 3.4; part of that is page faults, as
 // dqkv, 75 MB, is fresh memory in every call. Forward and backward of torch's sdpa together take
 // 4.2x the time at 4x512 with window 64 (as a mask), 1.3x without a window.
 
