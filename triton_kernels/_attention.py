@@ -248,7 +248,7 @@ def schedule(cu_seqlens: Tensor, total_tokens: int, block: int) -> Tensor:
     num_seqs = cu_seqlens.shape[0] - 1
     slots = _common.slots(total_tokens, num_seqs, block)
     tiles = _common.empty((3, slots), torch.int32, cu_seqlens.device)
-    seqs = 4 if _common.chip_of(cu_seqlens.device).backend == "cpu" else 64
+    seqs = 4 if _common.chip_of(cu_seqlens.device).backend == "cpu" else 32
     _common.launch(
         _schedule_kernel, (triton.cdiv(num_seqs, seqs),), cu_seqlens, tiles, num_seqs, slots,
         BLOCK=block, SEQS=seqs, STEP=16, num_warps=4,

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fastenc.triton_kernels import _common
+from fastenc.triton_kernels import varlen_attention_launch as choose
 from fastenc.triton_kernels.rope import rotate
 from fastenc.triton_kernels.varlen_attention import (
     Options,
     attend,
     attend_backward,
     check_head_dim,
-    windowed_backward_candidates,
-    windowed_candidates,
 )
 
 
@@ -46,7 +45,7 @@ def rope_varlen_attention_fwd(
         return out, lse
     options = _options(qkv, cos, sin, cu_seqlens, left, right, scale, dropout_p, seed)
     q, k, v = _common.tile_rows(qkv).unbind(1)
-    if not windowed_candidates(options.need(q), _common.chip_of(qkv.device)):
+    if not choose.windowed_forward(options.need(q), _common.chip_of(qkv.device)):
         k = _rotated(k, options)
     attend(q, k, v, out, lse, options)
     return out, lse
@@ -64,7 +63,7 @@ def rope_varlen_attention_bwd(
     qkv, out, grad_out = (_common.tile_rows(x) for x in (qkv, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     q, k, v = qkv.unbind(1)
-    narrow = bool(windowed_backward_candidates(options.need(q), _common.chip_of(qkv.device)))
+    narrow = bool(choose.windowed_backward(options.need(q), _common.chip_of(qkv.device)))
     if not narrow:
         q, k = _rotated(qkv[:, :2], options).unbind(1)
     attend_backward(

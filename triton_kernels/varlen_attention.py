@@ -12,138 +12,28 @@ import torch
 from torch import Tensor
 
 from fastenc.triton_kernels import _common
+from fastenc.triton_kernels import varlen_attention_launch as choose
 from fastenc.triton_kernels._attention import MAX_HEAD_DIM, pieces_of, schedule
 from fastenc.triton_kernels._common import Chip
 from fastenc.triton_kernels.varlen_attention_bias import bias_gradient
 from fastenc.triton_kernels.varlen_attention_bwd import backward_kernel
 from fastenc.triton_kernels.varlen_attention_fwd import forward_kernel
-from fastenc.triton_kernels.windowed_attention_fwd import (
+from fastenc.triton_kernels.varlen_attention_launch import (
+    Launch,
+    Need,
+    peels,
     window_blocks,
     window_low,
-    windowed_forward_kernel,
 )
+from fastenc.triton_kernels.windowed_attention_fwd import windowed_forward_kernel
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A tile owns ``block_m`` rows and meets the other side in blocks of ``block_n``."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int = 1
-
-    def constants(self) -> dict[str, int]:
-        return {
-            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a launch choice may depend on beside the chip: nothing that changes with the batch."""
-
-    head_dim: int
-    dtype: torch.dtype
-    left: int = -1
-    right: int = -1
-    rope: bool = False
-    dropout: bool = False
-    bias: bool = False
-
-    @property
-    def limited(self) -> bool:
-        return self.left >= 0 or self.right >= 0
-
-    @property
-    def extras(self) -> bool:
-        """Dropout and bias each take some 40 registers."""
-        return self.dropout or self.bias
-
-
-# Registers are those of sm_90, bf16, as `make gates` prints them: 128 and fewer let two blocks of
-# 8 warps share a multiprocessor, 255 is the most a thread may have.
-
-
-def forward_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
-    """Launches of the general forward, the default first."""
-    if chip.backend == "cpu":
-        return (Launch(32, 16, 4),)
-    if need.dtype == torch.float32:  # 4 warps spill at head_dim 128
-        return (Launch(32, 32, 8, 2),)
-    return (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 32, 8, 2))
-
-
-def windowed_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
-    """Launches of the single-pass forward, the default first; none where it does not pay."""
-    if need.left < 0 or need.right < 0 or need.bias:
-        return ()
-    if chip.backend == "cpu":
-        choices = (Launch(16, 16, 4),)
-    elif need.dtype == torch.float32 or need.head_dim > 128:
-        return ()
-    elif need.head_dim <= 64:  # 168 registers, 203 with RoPE
-        choices = (Launch(64, 64, 4), Launch(64, 64, 8))
-    elif need.dropout:  # spills
-        return ()
-    else:
-        choices = (Launch(64, 64, 8),)
-    return tuple(
-        c for c in choices if window_blocks(need.left, need.right, c.block_m, c.block_n) <= 3
-    )
-
-
-def backward_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
-    """Launches of the general backward, both parts, the default first."""
-    if chip.backend == "cpu":
-        return (Launch(32, 16, 4),)
-    if need.dtype == torch.float32:
-        return (Launch(32, 32, 8, 2),)
-    if need.head_dim <= 64:
-        narrow = Launch(64, 32, 4, 2)  # dk and dv: 140 registers, 183 with dropout
-        if need.extras:
-            return (narrow, Launch(128, 32, 8, 2))
-        return (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), narrow)
-    if need.extras:
-        return (Launch(64, 32, 8, 2),)
-    return (Launch(128, 32, 8, 2), Launch(64, 32, 8, 2))
-
-
-def windowed_backward_candidates(need: Need, chip: Chip) -> tuple[Launch, ...]:
-    """Launches of the one-kernel backward, the default first; none where it does not pay."""
-    if need.left < 0 or need.right < 0 or need.bias or need.left + need.right > 256:
-        return ()
-    if chip.backend == "cpu":
-        return (Launch(16, 16, 4),)
-    if need.dtype == torch.float32 or need.head_dim > 128:
-        return ()
-    if need.head_dim <= 64:
-        if need.rope and need.dropout:  # 211 registers, 255 with blocks of 32
-            return (Launch(64, 16, 4, 2),)
-        return (Launch(64, 32, 4, 2), Launch(64, 32, 8, 2))  # 166 registers, 184 with RoPE
-    return () if need.dropout else (Launch(64, 32, 8, 2),)
-
-
-def bias_launch(need: Need, chip: Chip) -> Launch:
-    """The launch of the table's gradient: square blocks."""
-    if chip.backend == "cpu" or need.dtype == torch.float32:
-        return Launch(32, 32, 8, 1)
-    return Launch(64, 64, 8, 1)
-
-
-def peels(need: Need) -> bool:
-    """Whether only the last block of keys is masked, apart from the loop.
-
-    Not in fp32: its products are made of FMAs whose operands the compiler keeps in registers, and
-    a second copy of the step spills up to 2.5 KB.
-    """
-    return not need.limited and need.dtype != torch.float32
+def tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def precision(dtype: torch.dtype) -> str:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 @dataclass(frozen=True)
@@ -254,11 +144,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: O
             **shared, WINDOWED=need.limited, PEEL=peels(need), **launch.constants(),
         )  # fmt: skip
 
-    narrow = windowed_candidates(need, chip)
+    narrow = choose.windowed_forward(need, chip)
     if narrow:
         _common.run_chosen(options.key("windowed_fwd", need, chip), q.device, narrow, windowed)
     else:
-        choices = forward_candidates(need, chip)
+        choices = choose.forward(need, chip)
         _common.run_chosen(options.key("attention_fwd", need, chip), q.device, choices, general)
 
 
@@ -276,7 +166,7 @@ def attend_backward(
         return
     chip = _common.chip_of(q.device)
     need = options.need(q)
-    narrow = windowed_backward_candidates(need, chip)
+    narrow = choose.windowed_backward(need, chip)
     shared = {
         "QK_PIECES": pieces_of(head_dim, need.rope), "V_PIECES": pieces_of(head_dim),
         "ROPE": need.rope, "ROTATE": need.rope and not rotated, "WINDOWED": need.limited,
@@ -306,10 +196,10 @@ def attend_backward(
     if narrow:
         _common.run_chosen(options.key("windowed_bwd", need, chip), q.device, narrow, windowed)
         return
-    choices = backward_candidates(need, chip)
+    choices = choose.backward(need, chip)
     _common.run_chosen(options.key("attention_bwd", need, chip), q.device, choices, general)
     if dbias is not None:
-        launch = bias_launch(need, chip)
+        launch = choose.bias_gradient(need, chip)
         tiles = schedule(options.cu_seqlens, total, launch.block_m)
         constants = {
             "PIECES": shared["V_PIECES"], "WINDOWED": need.limited, "DROPOUT": need.dropout,

@@ -29,16 +29,6 @@ from fastenc.triton_kernels._common import LOG2_E, cast, locate
 from fastenc.triton_kernels.varlen_attention_fwd import finish, masked_scores, powers, row_peaks
 
 
-def window_low(left: int) -> int:
-    """The first key of a tile relative to its first row: a multiple of 16 at or below -left."""
-    return -triton.cdiv(left, 16) * 16
-
-
-def window_blocks(left: int, right: int, block_m: int, block_n: int) -> int:
-    """How many blocks of keys the rows of a tile can see."""
-    return triton.cdiv(block_m + right - window_low(left), block_n)
-
-
 @triton.jit
 def window_mask(
     first, length, OFFSET: tl.constexpr, LEFT: tl.constexpr,

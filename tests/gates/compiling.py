@@ -59,6 +59,7 @@ class Compiled:
 
     name: str
     chip: str
+    dtype: str
     options: dict
     shared: int
     registers: int
@@ -112,15 +113,17 @@ def compile_launch(chip: str, kernel, grid: tuple, args: tuple, options: dict) -
         registers, spills, counts = _read_cubin(built.asm["cubin"])
         if "tcgen05.mma" in built.asm["ptx"]:
             counts["tcgen05.mma"] = built.asm["ptx"].count("tcgen05.mma")
+    dtype = next(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
     stem = kernel.fn.__module__.rpartition(".")[2]
     return Compiled(
-        f"{stem}.{kernel.fn.__name__}",
-        chip,
-        options,
-        built.metadata.shared,
-        registers,
-        spills,
-        counts,
+        name=f"{stem}.{kernel.fn.__name__}",
+        chip=chip,
+        dtype=dtype.removeprefix("torch."),
+        options=options,
+        shared=built.metadata.shared,
+        registers=registers,
+        spills=spills,
+        instructions=counts,
     )
 
 
@@ -222,9 +225,12 @@ def faults(kernel: Compiled, sixteen_bit: bool, vectors: bool = True) -> list[st
 
 def table(kernels: list[Compiled]) -> str:
     """Registers, shared memory and spills, one line a kernel and target."""
-    lines = [f"{'target':7} {'kernel':44} {'regs':>4} {'shared':>7} {'spills':>6}  settings"]
-    for k in sorted(kernels, key=lambda k: (k.name, k.settings, k.chip)):
-        lines.append(
-            f"{k.chip:7} {k.name:44} {k.registers:4} {k.shared:7} {k.spills:6}  {k.settings}"
-        )
-    return "\n".join(lines)
+    head = (
+        f"{'kernel':44} {'target':7} {'dtype':8} {'regs':>4} {'shared':>7} {'spills':>6}  settings"
+    )
+    lines = {
+        f"{k.name:44} {k.chip:7} {k.dtype:8} {k.registers:4} {k.shared:7} {k.spills:6}  "
+        f"{k.settings}"
+        for k in kernels
+    }
+    return "\n".join([head, *sorted(lines)])

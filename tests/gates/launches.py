@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -101,27 +101,36 @@ def default_calls() -> dict[str, list[Call]]:
     }
 
 
-def all_calls() -> Iterator[tuple[str, Call]]:
+def all_calls() -> list[Call]:
+    """Calls that between them reach every launch the choosers return, by one aspect at a time."""
     bind = functools.partial
-    for intermediate, dtype in itertools.product((1152, 2624, 3072, 1100), (BF16, FP16, FP32)):
-        for activation in ("gelu", "gelu_tanh", "silu"):
-            yield "geglu", bind(call_geglu, intermediate, dtype, activation)
-    for (heads, head_dim), dtype in itertools.product(
-        ((12, 64), (16, 64), (12, 32), (8, 96), (8, 128)), (BF16, FP16, FP32)
-    ):
-        yield "rope", bind(call_rope, heads, head_dim, dtype)
+    calls: list[Call] = []
+    for intermediate, dtype in itertools.product((1152, 3072, 1100), (BF16, FP32)):
+        calls.append(bind(call_geglu, intermediate, dtype))
+    calls += [bind(call_geglu, 1152, BF16, activation) for activation in ("gelu_tanh", "silu")]
+    for heads, head_dim in ((12, 64), (12, 32), (8, 96), (8, 128)):
+        calls += [bind(call_rope, heads, head_dim, dtype) for dtype in (BF16, FP32)]
     for hidden, dtype in itertools.product((384, 768, 1024, 5000, 8192), (BF16, FP32)):
-        for residual, bias in ((True, False), (False, True)):
-            yield "add_layer_norm", bind(call_add_layer_norm, hidden, dtype, residual, bias)
+        calls.append(bind(call_add_layer_norm, hidden, dtype, True, False))
+    calls.append(bind(call_add_layer_norm, 768, BF16, False, True))
     for dtype, mode in itertools.product((BF16, FP32), ("mean", "cls", "max", "last")):
-        yield "segment_pool", bind(call_segment_pool, 768, dtype, mode)
-    for head_dim, dtype, window in itertools.product(
-        (32, 64, 96, 128, 80, 8), (BF16, FP16, FP32), (GLOBAL, LOCAL, (128, 128), WIDE)
-    ):
-        if dtype == FP16 and head_dim != 64:
-            continue
-        yield "varlen_attention", bind(call_attention, head_dim, dtype, window)
-        yield "rope_varlen_attention", bind(call_attention, head_dim, dtype, window, rope=True)
-        if window in (GLOBAL, LOCAL) and head_dim != 8:
-            extras = {"dropout": True, "bias": True, "grad_lse": True}
-            yield "varlen_attention", bind(call_attention, head_dim, dtype, window, **extras)
+        calls.append(bind(call_segment_pool, 768, dtype, mode))
+    for head_dim in (32, 64, 96, 128):
+        for window in (GLOBAL, LOCAL):
+            for turned, dropout in itertools.product((False, True), repeat=2):
+                calls.append(
+                    bind(call_attention, head_dim, BF16, window, rope=turned, dropout=dropout)
+                )
+        for dropout in (False, True):
+            calls.append(bind(call_attention, head_dim, BF16, GLOBAL, bias=True, dropout=dropout))
+    for head_dim in (8, 80, 256):
+        calls += [bind(call_attention, head_dim, BF16, window) for window in (GLOBAL, LOCAL)]
+    for head_dim, turned in itertools.product((64, 128), (False, True)):
+        calls.append(bind(call_attention, head_dim, FP32, LOCAL, rope=turned))
+    for window in (WIDE, (128, 128), (8, 8)):
+        calls += [bind(call_attention, 64, BF16, window, rope=turned) for turned in (False, True)]
+    calls += [bind(call_attention, 64, FP16, window, rope=True) for window in (GLOBAL, LOCAL)]
+    calls.append(bind(call_attention, 64, BF16, GLOBAL, grad_lse=True))
+    calls.append(bind(call_attention, 64, BF16, LOCAL, bias=True, dropout=True))
+    calls.append(bind(call_attention, 64, FP32, GLOBAL, bias=True, dropout=True))
+    return calls

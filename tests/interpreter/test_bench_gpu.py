@@ -1,12 +1,15 @@
 """``python -m bench.gpu`` at toy size: every line runs, and a peer that fails is only recorded."""
 
+import dataclasses
 import json
 
-from bench import gpu, gpu_peers
+from bench import gpu, gpu_models, gpu_peers
 
 
 def test_whole_benchmark_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_peers, "compiled", lambda fn: fn)  # the compiler is not under test
+    rows = tuple(dataclasses.replace(row, compile=False) for row in gpu_models.TOY_ROWS)
+    monkeypatch.setattr(gpu_models, "TOY_ROWS", rows)
     path = gpu.main(["--out", str(tmp_path / "run.json")])
     result = json.loads(path.read_text())
     assert result["gpu tests"]["status"] == 0, result["gpu tests"]["output"]
