@@ -2,6 +2,8 @@
 //
 // Floor: forward reads x and residual and writes total and normed, backward reads grad_normed,
 // grad_total and total and writes dx, at copy bandwidth; a row stays in L1 between its passes.
+// The mean is rounded once; what that leaves of the centred row's sum (rest) is taken off it again,
+// which is what counts where a row's spread is small beside its mean.
 // dweight and dbias: partial sums of fixed row chunks, added in order, so that the result does not
 // depend on the number of threads.
 #include <algorithm>
@@ -82,14 +84,18 @@ void add_layer_norm_rows(const X* x, const R* residual, const float* weight, con
       sums = sums + t;
     }
     const float m = sum(sums) * inv;
-    vf squares = zero();
+    vf squares = zero(), rests = zero();
     FASTENC_FOR_VECTORS(i, n, hidden) {
       const vf d = zero_unless(first_n(static_cast<int>(n)), load(row + i) - set(m));
+      rests = rests + d;
       squares = fma(d, d, squares);
     }
-    const float s = 1.0f / std::sqrt(sum(squares) * inv + eps);
+    const float rest = sum(rests) * inv;
+    const double variance =
+        static_cast<double>(sum(squares)) / hidden - static_cast<double>(rest) * rest;
+    const float s = static_cast<float>(1.0 / std::sqrt(std::max(variance, 0.0) + eps));
     FASTENC_FOR_VECTORS(i, n, hidden) {
-      const vf xhat = (load(row + i) - set(m)) * set(s);
+      const vf xhat = (load(row + i) - set(m) - set(rest)) * set(s);
       const vf w = load_up_to(weight + i, n);
       const vf y = bias == nullptr ? xhat * w : fma(xhat, w, load_up_to(bias + i, n));
       store_up_to(normed + at + i, y, n);
@@ -108,10 +114,16 @@ void add_layer_norm_bwd_rows(const T* grad_normed, const T* grad_total, const T*
   for (int64_t r = begin; r < end; ++r) {
     const int64_t at = r * hidden;
     const vf m = set(mean[r]), s = set(rstd[r]);
+    vf rests = zero();
+    FASTENC_FOR_VECTORS(i, n, hidden) {
+      const vf d = load_up_to(total + at + i, n) - m;
+      rests = rests + zero_unless(first_n(static_cast<int>(n)), d);
+    }
+    const vf rest = set(sum(rests) * inv);
     vf sum_gw = zero(), sum_gwx = zero();
     FASTENC_FOR_VECTORS(i, n, hidden) {
       const vf g = load_up_to(grad_normed + at + i, n);
-      const vf xhat = (load_up_to(total + at + i, n) - m) * s;
+      const vf xhat = (load_up_to(total + at + i, n) - m - rest) * s;
       const vf gw = g * load_up_to(weight + i, n);
       sum_gw = sum_gw + gw;
       sum_gwx = fma(gw, xhat, sum_gwx);
@@ -123,7 +135,7 @@ void add_layer_norm_bwd_rows(const T* grad_normed, const T* grad_total, const T*
     const vf mean_gw = set(sum(sum_gw) * inv), mean_gwx = set(sum(sum_gwx) * inv);
     FASTENC_FOR_VECTORS(i, n, hidden) {
       const vf g = load_up_to(grad_normed + at + i, n);
-      const vf xhat = (load_up_to(total + at + i, n) - m) * s;
+      const vf xhat = (load_up_to(total + at + i, n) - m - rest) * s;
       const vf gw = g * load_up_to(weight + i, n);
       vf d = (gw - mean_gw - xhat * mean_gwx) * s;
       if (grad_total != nullptr) {
