@@ -89,34 +89,43 @@ def write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
-def seconds(fn: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(fn: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     fn()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int = 5, least: float = 0.0
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int = 5,
+    least: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each run in each round: every round runs all, so that noise hits all alike.
 
-    ``least``: seconds that one sample takes at least; quick runs are repeated to fill it.
+    Args:
+        rounds: samples of each run.
+        least: seconds that one sample takes at least; quick runs are repeated to fill it.
+        clock: ``time.process_time`` where other work on the machine would disturb the wall's.
+        warm: whether a run comes first that does not count; False where the caller made one.
     """
-    repeats = {}
+    repeats = dict.fromkeys(runs, 1)
     for name, run in runs.items():
-        run()
-        once = seconds(run)
-        repeats[name] = max(1, int(least / once)) if once else 1
+        if warm:
+            run()
+        if least > 0:
+            once = seconds(run, clock)
+            repeats[name] = max(1, int(least / once)) if once else 1
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     gc.collect()
     for _ in range(rounds):
         for name in order:
-            count = repeats[name]
-            start = time.perf_counter()
-            for _ in range(count):
+            start = clock()
+            for _ in range(repeats[name]):
                 runs[name]()
-            samples[name].append((time.perf_counter() - start) / count)
+            samples[name].append((clock() - start) / repeats[name])
         order.reverse()
     return samples
 

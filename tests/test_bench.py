@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
-from bench import measure, models, op_bench, report
+from bench import attention_rate, measure, models, op_bench, report
 from fastenc import testing
 
 
@@ -65,3 +66,26 @@ def test_results_are_written_whole(tmp_path):
         measure.write_json(path, {"x": object()})
     assert json.loads(path.read_text()) == {"x": 1}
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_attention_rate_at_toy_size():
+    rows = list(
+        attention_rate.rates(("varlen_attention",), attention_rate.TOY, 1, time.process_time)
+    )
+    assert [row["window"] for row in rows] == ["window 64", "global"]
+    for row in rows:
+        assert 0 < row["share_of_sgemm"] < 3 and row["backward_over_forward"] > 0
+    assert "share of sgemm" in attention_rate.table(rows)
+
+
+def test_interleaved_runs_each_as_often_as_it_says():
+    counts = {"a": 0, "b": 0}
+
+    def run(name):
+        counts[name] += 1
+
+    runs = {name: lambda name=name: run(name) for name in counts}
+    samples = measure.interleaved(runs, 3, warm=False)
+    assert counts == {"a": 3, "b": 3} and [len(x) for x in samples.values()] == [3, 3]
+    measure.interleaved(runs, 1)
+    assert counts == {"a": 5, "b": 5}
