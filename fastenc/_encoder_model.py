@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastenc.models._takeover import our_class
 from fastenc.nn import VarlenBatch, packed_forward_of, prepack
+from fastenc.nn.graphs import ForwardGraphs
 from fastenc.ops._registry import note_fallback
 
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
@@ -84,11 +85,23 @@ class Runner:
     Args:
         model: fastenc's, transformers', or accelerated; a model with a head runs without it.
         pad_id: the token that fills padding, for models that cannot run packed.
+        cuda_graphs: replay captured graphs where the model runs packed on a GPU.
     """
 
-    def __init__(self, model: nn.Module, pad_id: int):
+    def __init__(self, model: nn.Module, pad_id: int, cuda_graphs: bool = False):
         self.base = getattr(model, "base_model", model)
         self._pad_id = pad_id
+        self._graphs: ForwardGraphs | None = None
+        if cuda_graphs:
+            self._graphs = ForwardGraphs(
+                lambda batch: self._packed()(batch),
+                self.base,
+                pad_id=pad_id,
+                keep=lambda: getattr(_as_ours(self.base), "_kept_tables", list)(),
+            )
+
+    def _packed(self) -> Callable[..., Tensor] | None:
+        return packed_forward_of(self.base) or packed_forward_of(_as_ours(self.base))
 
     @property
     def device(self) -> torch.device:
@@ -97,13 +110,15 @@ class Runner:
     def choose(self) -> tuple[HiddenStates, bool]:
         """(the forward for the model as it is now, whether it pads); notes why where it pads."""
         base = self.base
-        packed = packed_forward_of(base) or packed_forward_of(_as_ours(base))
+        packed = self._packed()
         reason = "it has no packed form" if packed is None else None
         if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
             reason = "its forward has hooks or was replaced"
         if reason is not None:
             note_fallback(f"Encoder: {type(base).__name__} runs padded: {reason}")
             return self._run_padded, True
+        if self._graphs is not None:
+            packed = self._graphs
         return lambda ids, lengths: packed(_varlen(ids, lengths, self.device)), False
 
     def _run_padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
@@ -132,7 +147,7 @@ def edges_of(lengths: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _varlen(ids: np.ndarray, lengths: np.ndarray, device: torch.device) -> VarlenBatch:
-    tokens = on_device(ids.astype(np.int64), device)
+    tokens = on_device(ids, device).long()
     return VarlenBatch.from_cu_seqlens(edges_of(lengths, device), tokens, int(lengths.max()))
 
 

@@ -22,7 +22,7 @@ _HANDLERS = {
 }
 
 
-def accelerate(obj: T, *, prepack: bool = False) -> T:
+def accelerate(obj: T, *, prepack: bool = False, cuda_graphs: bool = False) -> T:
     """Speed up a live object of another library, in place; the numbers stay the same.
 
     Parameter names, ``state_dict``, pickling and copying stay as they are; doing it twice does
@@ -35,6 +35,9 @@ def accelerate(obj: T, *, prepack: bool = False) -> T:
         prepack: also keep the weights of its linear layers in the layout of the CPU's matrix
             product (:func:`fastenc.nn.prepack`): faster without gradients, at the memory of those
             weights once more.
+        cuda_graphs: run packed forwards without gradients through CUDA graphs, captured once a
+            bucket of (tokens, sequences, longest); for small batches, whose launches take longer
+            than their kernels. Says so in ``record().fallbacks`` where it cannot.
 
     Returns:
         ``obj`` itself.
@@ -42,7 +45,10 @@ def accelerate(obj: T, *, prepack: bool = False) -> T:
     Raises:
         TypeError: nothing in ``obj`` is known; the message lists what is.
     """
-    return _handler(obj).accelerate(obj, prepack=prepack)
+    accelerated = _handler(obj).accelerate(obj, prepack=prepack)
+    if cuda_graphs:
+        _use_cuda_graphs(accelerated, True)
+    return accelerated
 
 
 def restore(obj: T) -> T:
@@ -51,7 +57,17 @@ def restore(obj: T) -> T:
     Returns:
         ``obj`` itself.
     """
+    _use_cuda_graphs(obj, False)
     return _handler(obj).restore(obj)
+
+
+def _use_cuda_graphs(obj: object, on: bool) -> None:
+    """Of every packed model in ``obj``: a module, or an object that holds modules."""
+    owners = [obj] if isinstance(obj, nn.Module) else vars(obj).values()
+    for owner in owners:
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            if hasattr(module, "use_cuda_graphs"):
+                module.use_cuda_graphs(on)
 
 
 def _handler(obj: object) -> ModuleType:

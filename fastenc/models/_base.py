@@ -19,9 +19,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastenc.models._loading import StrictLoading
 from fastenc.models._obstacles import Slots, obstacle
 from fastenc.nn import VarlenBatch
+from fastenc.nn.graphs import ForwardGraphs, GraphsOf
 from fastenc.ops import _checks
 from fastenc.ops._registry import note_fallback
 
+_GRAPHS = "_fastenc_graphs"
 _IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_length_k"})
 
 
@@ -126,7 +128,44 @@ class PackedModel(StrictLoading):
             padded = {name: batch.pad(x) for name, x in padded.items() if x is not None}
             return batch.pack(self(**padded).last_hidden_state)
         self._check_ids(batch.input_ids)
-        return self._encode(PackedInputs(batch, position_ids, inputs_embeds, token_type_ids), None)
+        inputs = PackedInputs(batch, position_ids, inputs_embeds, token_type_ids)
+        return self._encode_or_replay(inputs, None)
+
+    # ---- CUDA graphs ---------------------------------------------------------------------------
+
+    def use_cuda_graphs(self, on: bool = True) -> None:
+        """Run packed forwards through CUDA graphs (:class:`fastenc.nn.graphs.ForwardGraphs`)."""
+        self.__dict__.pop(_GRAPHS, None)
+        if on:
+            self.__dict__[_GRAPHS] = GraphsOf()
+
+    def _graph_rows(self, inputs: PackedInputs) -> dict[str, Tensor | None] | None:
+        """What a captured forward reads beside ``batch.input_ids``, (T,) each; None: no capture."""
+        unusual = inputs.position_ids is not None or inputs.inputs_embeds is not None
+        return None if unusual or inputs.batch.gaps else {"token_type_ids": inputs.token_type_ids}
+
+    def _kept_tables(self) -> list[Any]:
+        """Tensors beside the parameters that a packed forward reads by address."""
+        return []
+
+    def _encode_or_replay(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
+        wish = self.__dict__.get(_GRAPHS)
+        if wish is None or states is not None or torch.compiler.is_compiling():
+            return self._encode(inputs, states)
+        rows = self._graph_rows(inputs)
+        if rows is None:
+            note_fallback(f"cuda_graphs: {type(self).__name__} with explicit positions or holes")
+            return self._encode(inputs, None)
+        if wish.made is None:
+            wish.made = self._graphs()
+        return wish.made(inputs.batch, **rows)
+
+    def _graphs(self) -> ForwardGraphs:
+        def forward(batch: VarlenBatch, **rows: Tensor) -> Tensor:
+            return self._encode(PackedInputs(batch, **rows), None)
+
+        pad_id = getattr(self.config, "pad_token_id", None) or 0
+        return ForwardGraphs(forward, self, pad_id=pad_id, keep=self._kept_tables)
 
     def _implied_positions(self, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """(rows or 1, columns): positions that transformers reads off the padded input, or None."""
@@ -142,7 +181,7 @@ class PackedModel(StrictLoading):
             return self._fall_back(reason, options, tensors)
         inputs = self._enter(options, shape, **tensors)
         states: list[Tensor] | None = [] if options.output_hidden_states else None
-        hidden = self._encode(inputs, states)
+        hidden = self._encode_or_replay(inputs, states)
         batch = inputs.batch
         output = self._output(batch, hidden)
         if states is not None:

@@ -41,7 +41,7 @@ def rope_table(
 
     ``columns``: the padded width, by which dynamic rope scalings choose their frequencies.
     """
-    if _depends_on_length(rotary.rope_type[layer_type]):
+    if depends_on_length(rotary.rope_type[layer_type]):
         return _computed(rotary, max(columns, max_seqlen), layer_type, like)
     if torch.compiler.is_compiling() or type(like) is not Tensor:
         return _computed(rotary, max_seqlen, layer_type, like)
@@ -62,7 +62,13 @@ def rope_table(
     return found.cos, found.sin
 
 
-def _depends_on_length(rope_type: str) -> bool:
+def kept_tables(rotary: nn.Module) -> list[_Kept]:
+    """The tables kept for ``rotary`` now; a longer sequence replaces them."""
+    return list(_kept.get(rotary, {}).values())
+
+
+def depends_on_length(rope_type: str) -> bool:
+    """Whether frequencies change with the length of the input."""
     return "dynamic" in rope_type or rope_type == "longrope"
 
 

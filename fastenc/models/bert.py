@@ -108,6 +108,16 @@ def _default_positions(embeddings: nn.Module, batch: VarlenBatch) -> Tensor:
     return (before + 1 - starts) * counted + padding_idx
 
 
+def rows_with_positions(
+    inputs: PackedInputs, columns: Tensor | None
+) -> dict[str, Tensor | None] | None:
+    """``_graph_rows`` of a model with a table of absolute positions, by default ``columns``."""
+    if inputs.inputs_embeds is not None:
+        return None
+    positions = columns if inputs.position_ids is None else inputs.position_ids
+    return {"position_ids": positions, "token_type_ids": inputs.token_type_ids}
+
+
 def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
     limit = getattr(embeddings.position_embeddings, "num_embeddings", None)
     if limit is None or not _checks.readable(positions) or positions.numel() == 0:
@@ -150,6 +160,10 @@ class PackedBert(PackedModel):
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         return bert_packed(self, inputs, states)
+
+    def _graph_rows(self, inputs: PackedInputs) -> dict[str, Tensor | None] | None:
+        from_ids = getattr(self.embeddings, "padding_idx", None) is not None
+        return rows_with_positions(inputs, None if from_ids else inputs.batch.columns)
 
     def _output(self, batch: VarlenBatch, hidden: Tensor):
         pooled = None if self.pooler is None else self.pooler(batch.first(hidden).unsqueeze(1))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
-from fastenc.models.bert import _add_norm, _check_positions
+from fastenc.models.bert import _add_norm, _check_positions, rows_with_positions
 from fastenc.nn import VarlenBatch
 from fastenc.ops import disentangled_attention, varlen_attention
 from fastenc.ops._disentangled_ref import relative_index
@@ -186,8 +187,14 @@ class _Relative:
         if any(type(x) is not nn.Parameter or x.is_inference() for x in sources):
             return None
         device = sources[0].device.type
-        lower = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        lower = _autocast_dtype(device)
         return (lower, *((x.data_ptr(), x._version, x.dtype, x.device) for x in sources))
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def _projections(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -229,6 +236,13 @@ class DebertaV2Model(PackedModel, hf.DebertaV2Model):
         if inputs.batch.gaps and getattr(self.config, "relative_attention", False):
             raise _Holes("relative positions count the padding between a sequence's tokens")
         return deberta_packed(self, inputs, states)
+
+    def _graph_rows(self, inputs: PackedInputs) -> dict[str, Tensor | None] | None:
+        absolute = self.embeddings.position_embeddings is not None
+        return rows_with_positions(inputs, inputs.batch.columns if absolute else None)
+
+    def _kept_tables(self) -> list[Any]:
+        return [_kept[attn] for attn in self.modules() if attn in _kept]
 
     def _run(self, options: CallOptions, **tensors: Tensor | None):
         try:

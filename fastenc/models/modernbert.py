@@ -14,6 +14,7 @@ configurations of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.models.modernbert import modeling_modernbert as hf
 from fastenc.models._attention import windowed_with_gaps
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
 from fastenc.models._old_config import WritesBothFormats
-from fastenc.models._rotary import rope_rows, rope_table
+from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
 from fastenc.ops import (
     _checks,
@@ -201,6 +202,13 @@ class ModernBertModel(WritesBothFormats, PackedModel, hf.ModernBertModel):
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         return modernbert_packed(self, inputs, states)
+
+    def _graph_rows(self, inputs: PackedInputs) -> dict[str, Tensor | None] | None:
+        by_length = any(map(depends_on_length, self.rotary_emb.rope_type.values()))
+        return None if by_length else super()._graph_rows(inputs)
+
+    def _kept_tables(self) -> list[Any]:
+        return kept_tables(self.rotary_emb)
 
     def forward(
         self,

@@ -79,6 +79,11 @@ def debug_checks_enabled() -> bool:
     return _local.debug
 
 
+def chosen_backend() -> str | None:
+    """What :func:`use_backend` chose for this thread, or None."""
+    return _local.backend
+
+
 # ---- what really ran ---------------------------------------------------------------------------
 
 
@@ -96,21 +101,27 @@ class Record:
 
     @property
     def calls(self) -> dict[str, dict[str, int]]:
-        spent = (self._after or _snapshot()) - self._before
+        spent = (self._after or launches()) - self._before
         calls: dict[str, dict[str, int]] = {}
         for (op, backend), count in sorted(spent.items()):
             calls.setdefault(op, {})[backend] = count
         return calls
 
 
-def _snapshot() -> collections.Counter:
+def launches() -> collections.Counter:
+    """Launches since the process began: {(op, backend): count}."""
     return _launches + collections.Counter(_library.launch_counts())
+
+
+def count_launches(more: collections.Counter) -> None:
+    """Count launches that no dispatch sees: those of a replayed CUDA graph."""
+    _launches.update(more)
 
 
 @contextlib.contextmanager
 def record() -> Iterator[Record]:
     """Record every kernel launch and every fallback until the block ends."""
-    current = Record(_before=_snapshot())
+    current = Record(_before=launches())
     with _lock:
         _records.append(current)
     try:
@@ -118,7 +129,7 @@ def record() -> Iterator[Record]:
     finally:
         with _lock:
             _records[:] = [r for r in _records if r is not current]
-        current._after = _snapshot()
+        current._after = launches()
 
 
 _logged: set[str] = set()
