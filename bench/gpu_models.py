@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import fastenc
+from bench import gpu_packed_peer
 from bench.gpu_timing import CUDA, DEVICE, Deadline, Timing, attempt, timed
 from fastenc.testing import useful_pairs
 
@@ -28,6 +29,7 @@ class Row:
     name: str
     lengths: tuple[int, ...]
     compile: bool = False  # the compiled peer costs a minute of compilation a shape
+    graph: bool = False
 
     @property
     def tokens(self) -> int:
@@ -39,7 +41,7 @@ ROWS = (
     Row("64x512", (512,) * 64, compile=True),
     Row("4x8192", (8192,) * 4),
     Row("128 ragged to 512", RAGGED),
-    Row("1x128", (128,), compile=True),
+    Row("1x128", (128,), compile=True, graph=True),
 )
 TOY_ROWS = (Row("2x5", (5, 5), compile=True), Row("ragged", (3, 6)))
 
@@ -95,7 +97,16 @@ def runners(model, row: Row) -> dict[str, Callable[[], Callable]]:
         compiled = torch.compile(model, dynamic=False)
         return lambda inputs: compiled(**inputs).last_hidden_state
 
-    peers = {"fastenc": ours, "transformers sdpa": theirs}
+    def ours_graphed():
+        accelerated = fastenc.accelerate(copy.deepcopy(model), cuda_graphs=True)
+        return lambda inputs: accelerated(**inputs).last_hidden_state
+
+    def packed_by_hand():
+        return lambda inputs: gpu_packed_peer.forward(model, **inputs)
+
+    peers = {"fastenc": ours, "transformers sdpa": theirs, "torch varlen (FA2)": packed_by_hand}
+    if row.graph and CUDA:
+        peers["fastenc, CUDA graphs"] = ours_graphed
     if row.compile:
         peers["transformers torch.compile"] = theirs_compiled
     return peers

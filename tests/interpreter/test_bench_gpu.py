@@ -27,3 +27,14 @@ def test_whole_benchmark_at_toy_size(tmp_path, monkeypatch):
     for record in result["models"]:
         assert record["runs"]["fastenc"]["difference"] < 1e-4, record
         assert record["runs"]["fastenc"]["fallbacks"] == []
+    for name in ("training", "embedding"):
+        for record in result[name]:
+            assert record["runs"]["fastenc"]["seconds"] > 0, record
+    losses = [
+        [run["loss"] for run in record["runs"].values()]
+        for record in result["training"]
+        if "training" in record["model"]
+    ]
+    assert losses and all(abs(a - b) < 0.05 * abs(b) for a, b in losses)
+    for run in result["embedding"][0]["runs"].values():
+        assert run["difference"] < 1e-5

@@ -1,0 +1,24 @@
+"""The hand-packed peer of the GPU benchmark computes ModernBERT; torch's varlen attention, which
+runs on a GPU only, is stood in for by the op that is tested against it there."""
+
+import torch
+import torch.nn.attention.varlen as varlen
+
+import fastenc
+from bench import gpu_models, gpu_packed_peer
+from fastenc.testing import assert_parity
+
+
+def test_packed_peer_is_modernbert(monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
+        return fastenc.varlen_attention(q, k, v, cu_q, max_q, window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    model = gpu_models.build(gpu_models.TOY).to("cpu", torch.float32)
+    inputs = {name: x.cpu() for name, x in gpu_models.batch(gpu_models.TOY_ROWS[1], 64).items()}
+    real = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        actual = gpu_packed_peer.forward(model, **inputs)[real]
+        plain = model(**inputs).last_hidden_state[real]
+        exact = model.double()(**inputs).last_hidden_state[real]
+    assert_parity("hidden", actual, plain, exact)
