@@ -14,6 +14,7 @@ _HOMES = {
     "BertModel": "fastenc.models",
     "DebertaV2Model": "fastenc.models",
     "Encoder": "fastenc.encoder",
+    "GLiNER": "fastenc.models",
     "ModernBertForMaskedLM": "fastenc.models",
     "ModernBertForMultipleChoice": "fastenc.models",
     "ModernBertForQuestionAnswering": "fastenc.models",

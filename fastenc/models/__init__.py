@@ -7,6 +7,7 @@ import importlib
 _HOMES = {
     "BertModel": "bert",
     "DebertaV2Model": "deberta",
+    "GLiNER": "gliner",
     "ModernBertForMaskedLM": "heads",
     "ModernBertForMultipleChoice": "heads",
     "ModernBertForQuestionAnswering": "heads",

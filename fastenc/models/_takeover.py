@@ -15,6 +15,7 @@ from torch import nn
 _FILES = {
     "modernbert.modeling_modernbert": ("ModernBert", "fastenc.models.modernbert"),
     "bert.modeling_bert": ("Bert", "fastenc.models.bert"),
+    "deberta_v2.modeling_deberta_v2": ("DebertaV2", "fastenc.models.deberta"),
     "roberta.modeling_roberta": ("Roberta", "fastenc.models.roberta"),
     "xlm_roberta.modeling_xlm_roberta": ("XLMRoberta", "fastenc.models.roberta"),
 }

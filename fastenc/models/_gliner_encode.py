@@ -1,0 +1,100 @@
+"""Packed tokens to packed words and label prompts: the part of GLiNER below its heads.
+
+The functions take a module with gliner's submodules: a model of gliner's, or fastenc's GLiNER.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastenc.models._gliner_batch import GLiNERBatch
+from fastenc.models._gliner_heads import Words
+from fastenc.nn import VarlenBatch, packed_forward_of
+from fastenc.ops import segment_pool
+
+
+def encode_tokens(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
+    """(total_tokens, D): the text encoder and its projection, where it has one."""
+    hidden = packed_forward_of(token_rep_layer.bert_layer.model)(tokens)
+    projection = getattr(token_rep_layer, "projection", None)
+    return hidden if projection is None else projection(hidden)
+
+
+def encode_labels(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
+    """(num_seqs, D): the label encoder of a bi-encoder, projected and averaged over tokens."""
+    hidden = packed_forward_of(token_rep_layer.labels_encoder.model)(tokens)
+    projection = getattr(token_rep_layer, "labels_projection", None)
+    if projection is not None:
+        hidden = projection(hidden)
+    return segment_pool(hidden, tokens.cu_seqlens, "mean")
+
+
+def pool_words(hidden: Tensor, batch: GLiNERBatch, mode: str) -> Tensor:
+    """(total_tokens, D) -> (words, D): each word's first, last, mean or largest subtoken.
+
+    Zeros for a word without tokens.
+    """
+    if mode in ("first", "last"):
+        rows = batch.word_rows if mode == "first" else batch.word_ends
+        if not batch.dropped:
+            return hidden.index_select(0, rows)
+        taken = hidden.index_select(0, rows.clamp(0, max(hidden.shape[0] - 1, 0)))
+        return taken.masked_fill((batch.word_ends < batch.word_rows).unsqueeze(1), 0.0)
+    counts = (batch.word_ends - batch.word_rows + 1).cpu()
+    edges = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    total = int(edges[-1])
+    shift = (batch.word_rows.cpu() - edges[:-1]).repeat_interleave(counts, output_size=total)
+    rows = (torch.arange(total) + shift).to(hidden.device, non_blocking=True)
+    return segment_pool(hidden.index_select(0, rows), edges.int().to(hidden.device), mode)
+
+
+def recur(rnn: nn.Module, words: Words) -> Words:
+    """gliner's BiLSTM over packed words; no padding on the way."""
+    if words.x.shape[0] == 0:
+        return words
+    order, sizes = _time_major(words.lengths)
+    order = order.to(words.x.device, non_blocking=True)
+    packed = PackedSequence(words.x.index_select(0, order), sizes)
+    out = rnn.lstm(packed)[0].data
+    inverse = torch.empty_like(order).scatter_(
+        0, order, torch.arange(order.shape[0], device=order.device)
+    )
+    return Words(out.index_select(0, inverse), words.cu_words, words.lengths)
+
+
+def _time_major(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Packed rows in the order of a PackedSequence, and how many sequences reach each step."""
+    counts = np.asarray(lengths, np.int64)
+    starts = np.cumsum(counts) - counts
+    longest_first = np.argsort(-counts, kind="stable")
+    step = np.arange(int(counts.max()))[:, None]
+    reached = step < counts[longest_first]
+    rows = (starts[longest_first] + step)[reached]
+    return torch.from_numpy(rows), torch.from_numpy(reached.sum(1))
+
+
+def word_representations(model: nn.Module, batch: GLiNERBatch) -> tuple[Words, Tensor | None]:
+    """The words of a batch, and the label prompts that were read before them.
+
+    Returns:
+        Words of (words, D), and (num_seqs, C, D), zeros where a sequence has no such label; None
+        for a bi-encoder, whose prompts are embeddings of labels.
+    """
+    config = model.config
+    hidden = encode_tokens(model.token_rep_layer, batch.tokens)
+    x = pool_words(hidden, batch, getattr(config, "subtoken_pooling", "first"))
+    words = Words(x, batch.cu_words, batch.word_lengths)
+    if getattr(model.token_rep_layer, "labels_encoder", None) is not None:
+        # gliner's bi-encoders carry an LSTM that nothing calls: trained weights expect that
+        return words, None
+    rnn = getattr(model, "rnn", None)
+    if rnn is not None:
+        words = recur(rnn, words)
+    prompts = hidden.index_select(0, batch.label_rows.flatten().clamp(min=0))
+    prompts = prompts.unflatten(0, tuple(batch.label_rows.shape))
+    if len(set(batch.num_labels)) > 1:
+        prompts = prompts.masked_fill(~batch.label_mask.unsqueeze(-1), 0.0)
+    return words, prompts
