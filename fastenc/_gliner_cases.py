@@ -81,6 +81,64 @@ def score_cases(size: str) -> Iterator[Case]:
         yield Case("span_score", name, make, settings)
 
 
+def _lattice(generator, shape, limit, unit, dtype, device):
+    """Multiples of ``unit`` up to ``limit`` units away from zero."""
+    steps = torch.randint(-limit, limit + 1, shape, generator=generator)
+    return (steps * unit).to(device=device, dtype=dtype)
+
+
+def _token_score(lengths, d, r, c, bias, dropout):
+    """Hidden sums are odd eighths: no rounding takes one across the kink of the ReLU."""
+
+    def make(dtype, device="cpu", seed=0):
+        g = torch.Generator().manual_seed(seed)
+        words, seqs = sum(lengths), len(lengths)
+        token = 2 * _lattice(g, (words, r), 15, 1 / 8, dtype, device) + 1 / 8
+        label = _lattice(g, (seqs, c, r), 8, 1 / 4, dtype, device)
+        token_factor = _lattice(g, (words, d), 2, 1, dtype, device)
+        label_factor = _lattice(g, (seqs, c, d), 3, 1 / 2, dtype, device)
+        weight = _lattice(g, (r, d), 2, 1 / 2, dtype, device)
+        out_weight = _random(g, (3, r), dtype, device)
+        options = {"out_bias": _random(g, (3,), dtype, device)} if bias else {}
+        if dropout:
+            options |= {"dropout_p": 0.3, "seed": 9 + seed}
+        cu_words = cu_seqlens_of(lengths, device)
+        return (token, label, token_factor, label_factor, weight, out_weight, cu_words), options
+
+    return make
+
+
+def _token_grid(size: str) -> list[tuple[tuple[int, ...], int, int, int]]:
+    """(words of each sequence, D, R, labels)."""
+    if size == "bench":
+        return [
+            ((384,), 512, 2048, 25),
+            ((384,), 768, 3072, 10),
+            ((40,), 512, 2048, 5),
+            ((16, 323, 45, 130, 60), 512, 2048, 25),
+        ]
+    if size == "small":
+        return [((3,), 8, 16, 2), ((0, 5, 1), 16, 33, 3), ((17,), 12, 48, 5)]
+    ragged = (3, 40, 0, 1, 13)
+    return [
+        *((lengths, 8, 20, 3) for lengths in LENGTHS if sum(lengths) <= 400),
+        ((1000,), 6, 12, 2),
+        *((ragged, d, 40, 5) for d in (1, 7, 16, 33, 100, 260)),
+        *((ragged, 12, r, 4) for r in (1, 16, 31, 256, 257, 520)),
+        *((ragged, 10, 36, c) for c in (0, 1, 10, 49, 130)),
+        ((60, 9), 64, 256, 25),
+    ]
+
+
+def token_cases(size: str) -> Iterator[Case]:
+    for i, (lengths, d, r, c) in enumerate(_token_grid(size)):
+        bias, dropout = i % 2 == 0, i % 3 == 0 and size != "bench"
+        name = f"{_short(lengths)}-d{d}-r{r}-c{c}" + "-bias" * bias + "-dropout" * dropout
+        make = _token_score(lengths, d, r, c, bias, dropout)
+        settings = {"lengths": lengths, "factors": d, "size": r, "labels": c}
+        yield Case("token_score", name, make, settings)
+
+
 def _disentangled(lengths, heads, head_dim, buckets, max_positions, terms, dropout):
     def make(dtype, device="cpu", seed=0):
         g = torch.Generator().manual_seed(seed)

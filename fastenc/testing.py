@@ -135,6 +135,7 @@ def cases(op: str, size: str = "test") -> Iterator[Case]:
         "disentangled_attention": gliner.disentangled_cases,
         "span_pool": gliner.pool_cases,
         "span_score": gliner.score_cases,
+        "token_score": gliner.token_cases,
     }[op](size)
 
 
@@ -347,6 +348,7 @@ def reference_of(op: str) -> Callable:
     from fastenc.ops import _attention_ref as attention
     from fastenc.ops import _disentangled_ref as disentangled
     from fastenc.ops import _span_ref as span
+    from fastenc.ops import _token_ref as token
     from fastenc.ops.add_layer_norm import add_layer_norm_ref
     from fastenc.ops.geglu import geglu_ref
     from fastenc.ops.rope import rope_ref
@@ -384,4 +386,5 @@ def reference_of(op: str) -> Callable:
         "rope_varlen_attention": rope_varlen_attention,
         "span_pool": span.span_pool_ref,
         "span_score": span.span_score_ref,
+        "token_score": token.token_score_ref,
     }[op]

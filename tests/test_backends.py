@@ -15,7 +15,7 @@ from fastenc import testing
 
 OPS = (
     "add_layer_norm", "disentangled_attention", "geglu", "rope", "rope_varlen_attention",
-    "segment_pool", "span_pool", "span_score", "varlen_attention",
+    "segment_pool", "span_pool", "span_score", "token_score", "varlen_attention",
 )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ inline SpanProblem make_span_problem(const Tensor& start, const Tensor& end, con
   return p;
 }
 
-inline void set_dropout(SpanProblem* p, double dropout_p, const std::optional<Tensor>& seed) {
+template <typename Problem>
+inline void set_dropout(Problem* p, double dropout_p, const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: expected 0 <= p < 1, got ",
                   dropout_p);
   if (dropout_p > 0.0) {

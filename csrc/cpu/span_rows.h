@@ -41,6 +41,7 @@ FASTENC_INLINE void clear_row(int64_t n, float* y) {
 // 1 / (1 - p) or 0 for elements [r_begin, r_begin + n) of the span (row, width); r_begin is a
 // multiple of kSpanChunk. Lane l of call q is counter (kLanes / 4) l + q, and its word k element
 // kLanes l + 4 q + k, so that one transpose puts kLanes^2 elements in order.
+template <int32_t kTag = kSpanTag>
 FASTENC_INLINE void keep_factors(const Dropout& dropout, int64_t row, int64_t width,
                                  int64_t r_begin, int64_t n, float* y) {
   constexpr int kCalls = kLanes / 4;
@@ -52,7 +53,7 @@ FASTENC_INLINE void keep_factors(const Dropout& dropout, int64_t row, int64_t wi
       const vi counter = lane + set_int(static_cast<int32_t>((r_begin + r) / 4 + q));
       const PhiloxWords words =
           philox(counter, set_int(static_cast<int32_t>(row)), set_int(static_cast<int32_t>(width)),
-                 set_int(kSpanTag), dropout.seed);
+                 set_int(kTag), dropout.seed);
       for (int k = 0; k < 4; ++k) {
         kept[4 * q + k] =
             zero_unless(unsigned_ge(words.word[k], threshold), set(dropout.keep_scale));

@@ -11,6 +11,7 @@ from fastenc.ops.segment_pool import segment_pool
 from fastenc.ops.span_candidates import span_candidates
 from fastenc.ops.span_pool import span_pool
 from fastenc.ops.span_score import span_score
+from fastenc.ops.token_score import token_score
 from fastenc.ops.varlen_attention import varlen_attention
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "span_candidates",
     "span_pool",
     "span_score",
+    "token_score",
     "use_backend",
     "varlen_attention",
 ]
