@@ -1,0 +1,53 @@
+// Which attention kernel serves a call on a GPU: a pure function of the problem and of the chip.
+// Neither CUDA nor torch in here: tests/test_cuda_attention_choice.py calls it on the CPU.
+#pragma once
+
+#include <cstdint>
+
+namespace fastenc {
+
+enum class AttentionKernel {
+  kGeneral,    // csrc/cuda/varlen_attention.cu: sm_80 and up, every case
+  kLocalSm90,  // csrc/cuda/local_attention_sm90.cu
+};
+
+struct AttentionCase {
+  int capability;  // 10 * major + minor of the device
+  int item_bytes;  // of q, k, v: 2 for bf16 and fp16
+  int64_t head_dim;
+  int64_t left, right;  // of the window; negative: unlimited
+  int64_t max_seqlen;
+  double scale;
+  bool dropout, bias;
+  bool rotary;            // cos and sin are given
+  bool rotary_same_type;  // in the dtype of q, contiguous, 16-byte aligned
+  bool vectors;  // addresses and strides of q, k, v, out (and gradients): 16-byte multiples
+};
+
+// A window that reaches past every sequence is as wide as the longest one.
+constexpr int64_t attention_reach(int64_t side, int64_t max_seqlen) {
+  const int64_t most = max_seqlen > 1 ? max_seqlen - 1 : 0;
+  return side < 0 || side > most ? most : side;
+}
+
+// The template argument of the local kernels: keys before and after a query, 0 where none fits.
+constexpr int local_reach(const AttentionCase& c) {
+  const int64_t left = attention_reach(c.left, c.max_seqlen);
+  const int64_t right = attention_reach(c.right, c.max_seqlen);
+  const int64_t reach = left > right ? left : right;
+  // head_dim 128 leaves no shared memory for the wider stage.
+  return reach <= 64 ? 64 : reach <= 128 && c.head_dim <= 64 ? 128 : 0;
+}
+
+constexpr bool hopper_serves(const AttentionCase& c) {
+  return c.capability == 90 && c.item_bytes == 2 && c.vectors && !c.dropout && !c.bias &&
+         (!c.rotary || c.rotary_same_type) && c.scale > 0 &&
+         (c.head_dim == 32 || c.head_dim == 64 || c.head_dim == 128);
+}
+
+constexpr AttentionKernel choose_attention(const AttentionCase& c) {
+  return hopper_serves(c) && local_reach(c) > 0 ? AttentionKernel::kLocalSm90
+                                                : AttentionKernel::kGeneral;
+}
+
+}  // namespace fastenc

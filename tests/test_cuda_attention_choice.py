@@ -1,0 +1,86 @@
+"""Which attention kernel serves a call: csrc/cuda/attention_choice.h, compiled by g++."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GENERAL, LOCAL = 0, 1
+
+SHIM = r"""
+#include "csrc/cuda/attention_choice.h"
+using namespace fastenc;
+static AttentionCase made(const int64_t* x, double scale) {
+  return {int(x[0]), int(x[1]), x[2], x[3], x[4], x[5], scale,
+          x[6] != 0, x[7] != 0, x[8] != 0, x[9] != 0, x[10] != 0};
+}
+extern "C" {
+int choose(const int64_t* x, double scale) { return int(choose_attention(made(x, scale))); }
+int reach(const int64_t* x) { return local_reach(made(x, 1.0)); }
+}
+"""
+FIELDS = {
+    "capability": 90, "item_bytes": 2, "head_dim": 64, "left": 64, "right": 64,
+    "max_seqlen": 4096, "dropout": 0, "bias": 0, "rotary": 1, "rotary_same_type": 1, "vectors": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    folder = tmp_path_factory.mktemp("choice")
+    (folder / "shim.cpp").write_text(SHIM)
+    subprocess.run(
+        ["g++", "-std=c++20", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{ROOT}"]
+        + [str(folder / "shim.cpp"), "-o", str(folder / "shim.so")],
+        check=True,
+    )
+    library = ctypes.CDLL(str(folder / "shim.so"))
+    library.choose.argtypes = [ctypes.c_void_p, ctypes.c_double]
+    library.reach.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def case(**changed):
+    return (ctypes.c_int64 * len(FIELDS))(*{**FIELDS, **changed}.values())
+
+
+def test_the_local_kernel_serves_hopper(lib):
+    for head_dim in (32, 64, 128):
+        for rotary in (0, 1):
+            assert lib.choose(case(head_dim=head_dim, rotary=rotary), 0.125) == LOCAL
+    assert lib.choose(case(rotary=0, rotary_same_type=0), 0.125) == LOCAL
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"capability": 80}, {"capability": 89}, {"capability": 100}, {"capability": 120},
+        {"item_bytes": 4}, {"head_dim": 96}, {"head_dim": 8}, {"dropout": 1}, {"bias": 1},
+        {"rotary_same_type": 0}, {"vectors": 0}, {"left": 129}, {"right": -1},
+        {"head_dim": 128, "left": 65},
+    ],
+)  # fmt: skip
+def test_all_else_is_general(lib, changed):
+    assert lib.choose(case(**changed), 0.125) == GENERAL
+
+
+def test_a_scale_that_is_not_positive_is_general(lib):
+    assert lib.choose(case(), 0.0) == lib.choose(case(), -1.0) == GENERAL
+
+
+def test_reach_is_the_narrowest_that_holds_the_window(lib):
+    for left in range(0, 140):
+        reach = lib.reach(case(left=left, right=3))
+        assert reach == (64 if left <= 64 else 128 if left <= 128 else 0)
+    # A window past every sequence is as wide as the longest.
+    assert lib.reach(case(left=-1, right=500, max_seqlen=65)) == 64
+    assert lib.reach(case(left=-1, right=-1, max_seqlen=129)) == 128
+    assert lib.reach(case(left=-1, right=-1, max_seqlen=130)) == 0
+    assert lib.reach(case(left=-1, right=-1, max_seqlen=0)) == 64
