@@ -22,6 +22,8 @@ _HOMES = {
     "ModernBertForTokenClassification": "fastenc.models",
     "ModernBertModel": "fastenc.models",
     "RobertaModel": "fastenc.models",
+    "SentenceBody": "fastenc.models",
+    "SetFitModel": "fastenc.models",
     "XLMRobertaModel": "fastenc.models",
 }
 __all__ = [*_ops, *_HOMES, "accelerate", "restore"]

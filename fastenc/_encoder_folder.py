@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastenc._encoder_model import length_limit, load_transformer, lower_case
-from fastenc.ops.segment_pool import MODES
+from fastenc.nn import POOLING_MODES
 
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
@@ -178,8 +178,8 @@ def _read_pooling(recipe: Recipe, config: dict, source: str) -> None:
     modes = [modes] if isinstance(modes, str) else modes
     names = tuple("last" if mode == "lasttoken" else mode for mode in modes)
     for name in names:
-        if name not in MODES:
-            raise _unsupported(source, f"pooling {name!r} (only mean, cls, max and lasttoken are)")
+        if name not in POOLING_MODES:
+            raise _unsupported(source, f"pooling {name!r}")
     recipe.pooling, recipe.pool_prompt = names, config.get("include_prompt", True)
 
 

@@ -67,6 +67,15 @@ def length_limit(tokenizer: Any, config: Any) -> int | None:
     return min((limit for limit in limits if limit and 0 < limit < 10**9), default=None)
 
 
+def padding_id(tokenizer: Any, model: nn.Module) -> int:
+    """The token that fills padding: the tokenizer's, else the model's, else 0."""
+    for owner in (tokenizer, model.config):
+        found = getattr(owner, "pad_token_id", None)
+        if found is not None:
+            return found
+    return 0
+
+
 def lower_case(tokenizer: Any) -> None:
     """Make a transformers tokenizer lower its input, as sentence-transformers' do_lower_case."""
     from tokenizers import normalizers
@@ -90,7 +99,7 @@ class Runner:
 
     def __init__(self, model: nn.Module, pad_id: int, cuda_graphs: bool = False):
         self.base = getattr(model, "base_model", model)
-        self._pad_id = pad_id
+        self.pad_id = pad_id
         self._graphs: ForwardGraphs | None = None
         if cuda_graphs:
             self._graphs = ForwardGraphs(
@@ -107,15 +116,25 @@ class Runner:
     def device(self) -> torch.device:
         return next(self.base.parameters()).device
 
-    def choose(self) -> tuple[HiddenStates, bool]:
-        """(the forward for the model as it is now, whether it pads); notes why where it pads."""
+    def packed(self) -> Callable[..., Tensor] | None:
+        """The packed forward for the model as it is now; None where it pads, with a noted reason.
+
+        It takes a :class:`VarlenBatch` and gives (total_tokens, hidden).
+        """
         base = self.base
         packed = self._packed()
         reason = "it has no packed form" if packed is None else None
         if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
             reason = "its forward has hooks or was replaced"
-        if reason is not None:
-            note_fallback(f"Encoder: {type(base).__name__} runs padded: {reason}")
+        if reason is None:
+            return packed
+        note_fallback(f"Encoder: {type(base).__name__} runs padded: {reason}")
+        return None
+
+    def choose(self) -> tuple[HiddenStates, bool]:
+        """(the forward for the model as it is now, whether it pads); notes why where it pads."""
+        packed = self.packed()
+        if packed is None:
             return self._run_padded, True
         if self._graphs is not None:
             packed = self._graphs
@@ -123,7 +142,7 @@ class Runner:
 
     def _run_padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         real = np.arange(int(lengths.max())) < lengths[:, None]
-        grid = np.full(real.shape, self._pad_id, np.int64)
+        grid = np.full(real.shape, self.pad_id, np.int64)
         grid[real] = ids
         out = self.base(
             input_ids=on_device(grid, self.device),

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastenc._encoder_folder import Normalize, Recipe, read_folder, read_sentence_transformer
-from fastenc._encoder_model import Runner, edges_of, evaluating, length_limit, on_device
+from fastenc._encoder_model import Runner, edges_of, evaluating, length_limit, on_device, padding_id
 from fastenc._encoder_tokens import Tokens, Window, batches, tokenised
-from fastenc.ops.segment_pool import MODES, segment_pool
+from fastenc.nn import POOLING_MODES, pool
 
 CPU_TOKENS_PER_THREAD = 2048
 """On a CPU a batch has at most this many tokens a thread: larger ones fall out of its caches.
@@ -43,8 +44,9 @@ class Encoder:
             transformers', or a SentenceTransformer. BERT, RoBERTa and ModernBERT run packed; every
             other architecture runs padded through transformers, with a logged reason.
         tokenizer: of transformers or of the tokenizers library, or a folder; None: the model's own.
-        pooling: "mean", "cls", "max" or "last", over a text's tokens, special ones included. Given
-            explicitly it replaces the pooling of a sentence-transformers model.
+        pooling: "mean", "cls", "max", "last", "mean_sqrt_len_tokens" or "weightedmean", over a
+            text's tokens, special ones included. Given explicitly it replaces the pooling of a
+            sentence-transformers model.
         normalize: scale each vector to length 1 (a sentence-transformers Normalize module always
             runs).
         token_budget: most tokens in a batch; a single longer text is a batch of its own. A CPU gets
@@ -75,8 +77,10 @@ class Encoder:
         max_length: int | None = None,
         cuda_graphs: bool = False,
     ):
-        if pooling not in MODES:
-            raise ValueError(f"pooling: expected one of {', '.join(MODES)}, got {pooling!r}")
+        if pooling not in POOLING_MODES:
+            raise ValueError(
+                f"pooling: expected one of {', '.join(POOLING_MODES)}, got {pooling!r}"
+            )
         self.token_budget = _positive("token_budget", token_budget)
         recipe = _read(model, tokenizer)
         if recipe.pooling is None or not isinstance(pooling, _Default):
@@ -90,10 +94,8 @@ class Encoder:
         self._pool_prompt = recipe.pool_prompt
         self._head = nn.Sequential(*recipe.head, *([Normalize()] if normalize else []))
         self._tokens = Tokens(self.tokenizer, self.max_length, truncate)
-        pad_id = getattr(self.tokenizer, "pad_token_id", None)
-        if pad_id is None:
-            pad_id = getattr(self.model.config, "pad_token_id", None)
-        self._runner = Runner(self.model, pad_id or 0, cuda_graphs)
+        pad_id = padding_id(self.tokenizer, self.model)
+        self._runner = Runner(self.model, pad_id, cuda_graphs)
         self._turn = threading.RLock()
 
     # ---- what it is ----------------------------------------------------------------------------
@@ -199,11 +201,11 @@ class Encoder:
         else:
             hidden = torch.zeros(0, self.model.config.hidden_size, device=device)
         hidden = hidden.float()
+        skipped = None
         if skip:
+            skipped = on_device(np.where(lengths > skip, skip, 0), device)
             hidden, lengths = _without_prompt(hidden, lengths, skip)
-        edges = edges_of(lengths, device)
-        pooled = [segment_pool(hidden, edges, mode) for mode in self.pooling]
-        return self._head(torch.cat(pooled, 1))
+        return self._head(pool(hidden, edges_of(lengths, device), self.pooling, skipped))
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None:
@@ -226,7 +228,9 @@ class Encoder:
 
 
 def _read(model: Any, tokenizer: Any) -> Recipe:
-    if isinstance(model, (str, os.PathLike)):
+    if isinstance(model, Recipe):
+        recipe = replace(model)
+    elif isinstance(model, (str, os.PathLike)):
         recipe = read_folder(os.fspath(model))
     elif any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__):
         recipe = read_sentence_transformer(model)

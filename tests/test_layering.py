@@ -23,9 +23,18 @@ LAYERS = {
         {"fastenc.ops", "fastenc.nn", "fastenc.models"},
         {"torch", "numpy", "transformers", "safetensors", "tokenizers", "huggingface_hub", "tqdm"},
     ),
-    "fastenc.train": ({"fastenc.ops", "fastenc.nn", "fastenc.models", "fastenc.encoder"}, None),
-    "fastenc.integrations": (
+    # models of texts, not of tokens: fastenc/models/sentence.py, setfit.py
+    "fastenc.sentence": (
         {"fastenc.ops", "fastenc.nn", "fastenc.models", "fastenc.encoder"},
+        {"torch", "numpy", "safetensors", "transformers", "huggingface_hub", "sklearn", "joblib",
+         "setfit"},
+    ),
+    "fastenc.train": (
+        {"fastenc.ops", "fastenc.nn", "fastenc.models", "fastenc.encoder", "fastenc.sentence"},
+        None,
+    ),
+    "fastenc.integrations": (
+        {"fastenc.ops", "fastenc.nn", "fastenc.models", "fastenc.encoder", "fastenc.sentence"},
         None,
     ),
     "fastenc.cli": (
@@ -48,6 +57,10 @@ def module_name(path: Path) -> str:
 def layer_of(module: str) -> str | None:
     if module.startswith("fastenc._encoder"):
         return "fastenc.encoder"
+    if module.startswith(("fastenc.models.sentence", "fastenc.models.setfit")):
+        return "fastenc.sentence"
+    if module.startswith("fastenc.models._setfit"):
+        return "fastenc.sentence"
     if module == "fastenc._gliner_cases":
         return "fastenc.testing"
     names = [name for name in LAYERS if module == name or module.startswith(name + ".")]

@@ -15,6 +15,8 @@ _HOMES = {
     "ModernBertForTokenClassification": "heads",
     "ModernBertModel": "modernbert",
     "RobertaModel": "roberta",
+    "SentenceBody": "sentence",
+    "SetFitModel": "setfit",
     "XLMRobertaModel": "roberta",
 }
 

@@ -3,7 +3,8 @@
 ``VarlenBatch`` holds packed tokens. Every fastenc model, and every transformers model that
 ``fastenc.accelerate`` took over, has ``forward_packed(batch) -> (total_tokens, hidden)``;
 ``packed_forward_of(module)`` finds it, also inside a model with a head, and is None where there is
-none. ``prepack(module)`` keeps linear layers' weights in the layout of the CPU's matrix product.
+none. ``pool`` makes one vector a sequence of its tokens'. ``prepack(module)`` keeps linear layers'
+weights in the layout of the CPU's matrix product.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastenc.nn.linear import PrepackedLinear, prepack, unpack
+from fastenc.nn.pooling import POOLING_MODES, pool
 from fastenc.nn.varlen_batch import VarlenBatch
 
-__all__ = ["PrepackedLinear", "VarlenBatch", "packed_forward_of", "prepack", "unpack"]
+__all__ = [
+    "POOLING_MODES",
+    "PrepackedLinear",
+    "VarlenBatch",
+    "packed_forward_of",
+    "pool",
+    "prepack",
+    "unpack",
+]
 
 
 def packed_forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
