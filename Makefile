@@ -44,7 +44,7 @@ demo: $(VENV)/.demo
 	$(PY) examples/demo.py
 
 test: $(VENV)/.test lint
-	$(PY) -m pytest tests --ignore=tests/interpreter --ignore=tests/gates
+	$(PY) -m pytest tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 
 lint: $(VENV)/.test
@@ -62,6 +62,7 @@ bench: $(VENV)/.bench
 
 gates: $(VENV)/.test
 	$(PY) -m pytest tests/gates
+	$(PY) -m pytest tests -m slow --ignore=tests/interpreter --ignore=tests/gates
 
 clean:
 	rm -rf build dist *.egg-info fastenc/_C*.so fastenc/_cuda*.so

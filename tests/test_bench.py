@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from bench import attention_rate, measure, models, op_bench, report
+from bench import attention_rate, breakdown, measure, models, op_bench, report
 from fastenc import testing
 
 
@@ -89,3 +89,13 @@ def test_interleaved_runs_each_as_often_as_it_says():
     assert counts == {"a": 3, "b": 3} and [len(x) for x in samples.values()] == [3, 3]
     measure.interleaved(runs, 1)
     assert counts == {"a": 5, "b": 5}
+
+
+def test_breakdown_at_toy_size():
+    rows = breakdown.run(models.TOY_ROWS[:1], 1, time.perf_counter, layers=2, vocab_size=200)
+    assert [*rows[0]["parts"]] == ["fastenc", "fastenc prepacked"]
+    for parts in rows[0]["parts"].values():
+        assert parts["linear"] > 0 and parts["attention"] > 0 and parts["elementwise"] > 0
+    assert "elementwise / linear layers" in breakdown.table(rows)
+    assert breakdown.part_of("fastenc::rope_varlen_attention_fwd") == "attention"
+    assert breakdown.part_of("aten::copy_") == "other"

@@ -56,8 +56,7 @@ class BackwardPart {
                    {&dquery_rows_, kQueries * LD},
                    {&scores_, kSinglePass * kQueries},
                    {&dscores_, kSinglePass * kQueries},
-                   {&rows_.lse_high, kQueries},
-                   {&rows_.lse_low, kQueries},
+                   {&rows_.lse, kQueries},
                    {&rows_.delta, kQueries},
                    {&rows_.dlse, kQueries},
                    {&scales_, kQueries},
@@ -98,8 +97,8 @@ class BackwardPart {
     for (int64_t query = first; query < std::min(last, scope_.length); query += kQueries) {
       differentiate_queries(query, begin, begin + padded);
     }
-    // Queries carry scale * log2 e, and probabilities lack dropout's 1 / (1 - p).
-    unpack_rows<LD>(p_, call_.dk, true, scope_.start, scope_.head, begin, end, kLn2, dkeys_);
+    // Scores lack their unit, and probabilities dropout's 1 / (1 - p).
+    unpack_rows<LD>(p_, call_.dk, true, scope_.start, scope_.head, begin, end, scope_.unit, dkeys_);
     unpack_rows<LD>(p_, call_.dv, false, scope_.start, scope_.head, begin, end,
                     p_.dropout.keep_scale, dvalues_);
   }
@@ -147,8 +146,8 @@ class BackwardPart {
 
   void pack_queries(int64_t query) {
     const int64_t end = std::min<int64_t>(query + kQueries, scope_.length);
-    pack_rows<LD>(p_, p_.q, true, scope_.start, scope_.head, query, end, kQueries,
-                  p_.scale * kLog2e, query_rows_);
+    pack_rows<LD>(p_, p_.q, true, scope_.start, scope_.head, query, end, kQueries, query_scale(p_),
+                  query_rows_);
     transpose_in<LD, NV>(query_rows_, p_.head_dim, queries_);
     pack_rows<LD>(p_, call_.grad_out, false, scope_.start, scope_.head, query, end, kQueries, 1.0f,
                   grad_rows_);
@@ -159,11 +158,8 @@ class BackwardPart {
       const int n = query + i < end ? lanes_left(end, query + i) : 0;
       const vf lse = load_n(call_.lse + row + i, n);
       // A row without a key has -inf; any finite value gives it P = 0.
-      const vm empty = lse == set(-std::numeric_limits<float>::infinity());
-      const vf finite = zero_unless(!empty, lse);
-      const vf high = finite * set(kLog2e);
-      store(rows_.lse_high + i, high);
-      store(rows_.lse_low + i, fma(finite, set(kLog2eLow), fma(finite, set(kLog2e), -high)));
+      store(rows_.lse + i,
+            zero_unless(!(lse == set(-std::numeric_limits<float>::infinity())), lse));
       store(rows_.delta + i, one_key_ ? zero() : load_n(call_.delta + row + i, n));
       store(rows_.dlse + i, call_.grad_lse ? load_n(call_.grad_lse + row + i, n) : zero());
     }

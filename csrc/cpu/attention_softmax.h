@@ -10,9 +10,6 @@
 namespace fastenc::cpu::FASTENC_ISA {
 
 constexpr float kLog2e = 1.44269502f;
-constexpr float kLog2eLow = 1.92596299e-8f;  // log2 e - kLog2e
-constexpr float kLn2 = 0.693147182f;
-constexpr float kLn2Low = -1.90465421e-9f;  // ln 2 - kLn2
 
 // One (sequence, head), as the block functions need it. Keys and queries are indices within the
 // sequence; a window side that is unlimited is at least the length.
@@ -22,13 +19,23 @@ struct AttentionScope {
   int64_t head;
   int64_t left;
   int64_t right;
-  const float* bias;  // by bias_index(), in units of log2 e, or null
+  float unit;         // what a score is multiplied by, over 0
+  const float* bias;  // by bias_index(), or null
   const Dropout* dropout;
 };
 
+// The scale is best left to the softmax, as a rounded query costs accuracy; but a bias is in units
+// of scaled scores, and the greatest score is sought before it is scaled.
+inline float query_scale(const AttentionProblem& p) {
+  return p.bias_table || !(p.scale > 0.0f) ? p.scale : 1.0f;
+}
+inline float score_unit(const AttentionProblem& p) {
+  return p.bias_table || !(p.scale > 0.0f) ? 1.0f : p.scale;
+}
+
 inline AttentionScope make_scope(const AttentionProblem& p, int64_t seq, int64_t head) {
   const int64_t n = p.length(seq);
-  return {p.cu_seqlens[seq], n, head, p.left(n), p.right(n), nullptr, &p.dropout};
+  return {p.cu_seqlens[seq], n, head, p.left(n), p.right(n), score_unit(p), nullptr, &p.dropout};
 }
 
 // Keys that a block of queries sees at most: rounding both ends to multiples of 4 adds up to 6.
@@ -60,7 +67,7 @@ inline void expand_bias(const AttentionProblem& p, AttentionScope* s, float* bia
   const float* table = p.bias_table + s->head * (2 * radius + 1) + radius;
   const int64_t size = bias_size(p, *s);
   for (int64_t t = 0; t < size; ++t) {
-    bias[t] = table[bias_distance(*s, t, radius)] * kLog2e;
+    bias[t] = table[bias_distance(*s, t, radius)];
   }
   s->bias = bias;
 }
@@ -115,11 +122,11 @@ FASTENC_INLINE vm kept(const AttentionScope& s, vi word) {
 }
 
 // scores[key][query] = sum_d keys[key][d] * queries[d][query]. Long sums are sums of parts, for
-// accuracy: of 64 products, of 32 where a product is rounded before it is added.
+// accuracy: of 32 products, of 16 where a product is rounded before it is added.
 template <int LD, int NV>
 FASTENC_INLINE void scores_of(int64_t rows, int64_t head_dim, const float* keys,
                               const float* queries, float* scores) {
-  constexpr int64_t kPart = FASTENC_ISA_LEVEL == FASTENC_ISA_PORTABLE ? 32 : 64;
+  constexpr int64_t kPart = FASTENC_ISA_LEVEL == FASTENC_ISA_PORTABLE ? 16 : 32;
   constexpr int64_t n = NV * kLanes;
   gemm<NV, Into::kOverwrite>(rows, LD > kPart ? std::min(head_dim, kPart) : head_dim, keys, LD, 1,
                              queries, n, scores, n);
@@ -174,11 +181,12 @@ FASTENC_INLINE vf mask_and_max(const AttentionScope& s, int64_t query, int64_t k
   return mask_rows<NV, kBias>(s, reach, query, j, key_end, row, max(top, other));
 }
 
-// scores -> 2^(scores - shift), dropped out; returns each lane's sum before dropout. The number of
-// rows is a multiple of 4, as one Philox call serves four keys.
+// scores -> exp(unit * (scores - top)), dropped out; returns each lane's sum before dropout. The
+// number of rows is a multiple of 4, as one Philox call serves four keys.
 template <int NV, bool kDropout>
 FASTENC_INLINE vf exponentiate(const AttentionScope& s, int64_t query, int64_t key_begin,
-                               int64_t key_end, vf shift, float* scores) {
+                               int64_t key_end, vf top, float* scores) {
+  const vf factor = set(s.unit * kLog2e);
   vf sums[4] = {zero(), zero(), zero(), zero()};
   for (int64_t j = key_begin; j < key_end; j += 4, scores += 4 * NV * kLanes) {
     PhiloxWords words;
@@ -186,7 +194,7 @@ FASTENC_INLINE vf exponentiate(const AttentionScope& s, int64_t query, int64_t k
       words = dropout_words(s, query, j);
     }
     for (int u = 0; u < 4; ++u) {
-      vf x = exp2_flush(load(scores + u * NV * kLanes) - shift);
+      vf x = exp2_flush((load(scores + u * NV * kLanes) - top) * factor);
       sums[u] = sums[u] + x;
       if constexpr (kDropout) {
         x = zero_unless(kept(s, words.word[u]), x);
@@ -217,9 +225,9 @@ __attribute__((noinline)) void softmax_block_of(const AttentionScope& s, int64_t
     const vf old_top = first ? minus_infinity : load(state.top + v * kLanes);
     const vf block_top = mask_and_max<NV, kBias>(s, i, key_begin, key_end, column);
     const vf top = max(old_top, block_top);
-    const vf shift = select(top == minus_infinity, zero(), top);  // a lane that saw no key yet
-    const vf sum = exponentiate<NV, kDropout>(s, i, key_begin, key_end, shift, column);
-    const vf rescale = exp2_flush(old_top - shift);
+    const vf finite = zero_unless(!(top == minus_infinity), top);  // -inf: no key yet
+    const vf sum = exponentiate<NV, kDropout>(s, i, key_begin, key_end, finite, column);
+    const vf rescale = exp2_flush((old_top - finite) * set(s.unit * kLog2e));
     const vf old_sum = first ? zero() : load(state.sum + v * kLanes);
     store(state.top + v * kLanes, top);
     store(state.sum + v * kLanes, fma(old_sum, rescale, sum));

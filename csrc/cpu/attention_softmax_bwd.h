@@ -14,20 +14,16 @@ namespace fastenc::cpu::FASTENC_ISA {
 
 // Of NV * kLanes queries.
 struct RowStatistics {
-  float* lse_high;  // log-sum-exp in units of log2 e, as a sum of two
-  float* lse_low;
+  float* lse;
   float* delta;  // out . dout
   float* dlse;
 };
 
 struct LaneStatistics {
-  vf lse_high, lse_low, delta, dlse;
+  vf lse, delta, dlse;
 
   FASTENC_INLINE LaneStatistics(const RowStatistics& rows, int64_t at)
-      : lse_high(load(rows.lse_high + at)),
-        lse_low(load(rows.lse_low + at)),
-        delta(load(rows.delta + at)),
-        dlse(load(rows.dlse + at)) {}
+      : lse(load(rows.lse + at)), delta(load(rows.delta + at)), dlse(load(rows.dlse + at)) {}
 };
 
 // One row: p is the probability, g is dP - delta.
@@ -45,7 +41,7 @@ FASTENC_INLINE RowGradient row_gradient(const AttentionScope& s, const LaneStati
   if constexpr (kDropout) {
     dp = zero_unless(keep, dp * set(s.dropout->keep_scale));
   }
-  return {exp2_flush((score - stats.lse_high) - stats.lse_low), dp - stats.delta};
+  return {exp2_flush(fma(score, set(s.unit), -stats.lse) * set(kLog2e)), dp - stats.delta};
 }
 
 FASTENC_INLINE void add_bias_grad(const AttentionScope& s, int64_t query, int64_t key, vf ds,

@@ -62,7 +62,7 @@ class DisentangledChunk {
                    {&factors_, kQueries},
                    {&rows_, LD * kQueries}});
     pack_rows<LD>(p_, p_.q, false, scope_.start, scope_.head, task_.begin, task_.end,
-                  kPositionBlock, p_.scale * kLog2e, query_rows_);
+                  kPositionBlock, query_scale(p_), query_rows_);
     for (int64_t block = 0; block < blocks_; ++block) {
       transpose_in<LD, NV>(query_rows_ + block * kQueries * LD, p_.head_dim,
                            queries_ + block * LD * kQueries);
@@ -134,7 +134,7 @@ class DisentangledChunk {
       const int64_t token = begin + v * kLanes;
       if (token < end) {
         const vf top = load(tops_ + at);
-        const vf lse = fma(top, set(kLn2), fma(top, set(kLn2Low), log(sum)));
+        const vf lse = fma(top, set(scope_.unit), log(sum));
         store_n(call_.lse + scope_.head * p_.total_tokens + scope_.start + token,
                 select(is_nan(sum), sum, lse), lanes_left(end, token));
       }
@@ -162,14 +162,14 @@ void disentangled_task(const DisentangledProblem& p, const PackedPositions& posi
                   : DisentangledChunk<kMaxHeadDim>(p, positions, call, task).run();
 }
 
-// Query-position rows carry the scale that the packed queries have already.
+// Query-position rows carry the scale that the packed queries carry.
 void pack_head(const DisentangledProblem& p, int64_t head, const PackedPositions& to) {
   if (to.key) {
     pack_positions(*p.key, p.index, head, p.head_dim, true, 1.0f,
                    to.key.get() + head * to.head_floats);
   }
   if (to.query) {
-    pack_positions(*p.query, p.index, head, p.head_dim, false, p.scale * kLog2e,
+    pack_positions(*p.query, p.index, head, p.head_dim, false, query_scale(p),
                    to.query.get() + head * to.head_floats);
   }
 }

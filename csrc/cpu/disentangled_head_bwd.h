@@ -31,10 +31,10 @@ void delta_of(const Rows& out, const Rows& grad, int64_t start, int64_t head, in
 // Scores of kLanes queries become probabilities, dP becomes dS; both 0 where there is no token.
 template <bool kDropout>
 __attribute__((noinline)) void differentiate_scores(const AttentionScope& s, int64_t query,
-                                                    int64_t key, int64_t keys, const float* lse2,
+                                                    int64_t key, int64_t keys, const float* lse,
                                                     const float* delta, float* scores,
                                                     float* grads) {
-  const vf l = load(lse2 + query);
+  const vf l = load(lse + query);
   const vf d = load(delta + query);
   const int64_t lanes = s.length - query;
   const vm here = first_n(static_cast<int>(lanes < 0 ? 0 : lanes < kLanes ? lanes : kLanes));
@@ -49,7 +49,7 @@ __attribute__((noinline)) void differentiate_scores(const AttentionScope& s, int
       vf p = zero();
       vf ds = zero();
       if (key + u < s.length) {
-        p = zero_unless(here, exp2_flush(load(at) - l));
+        p = zero_unless(here, exp2_flush(fma(load(at), set(s.unit), -l) * set(kLog2e)));
         vf dp = load(grad);
         ds = p * (dp - d);
         if constexpr (kDropout) {
@@ -98,7 +98,7 @@ class DisentangledHead {
                    {&grad_rows_, kRows},
                    {&grads_, kRows},
                    {&dq_, padded * LD},
-                   {&lse2_, padded},
+                   {&lse_, padded},
                    {&delta_, padded},
                    {&scores_, kPositionBlock * kQueries},
                    {&dscores_, kPositionBlock * kPositionBlock},
@@ -115,14 +115,14 @@ class DisentangledHead {
       prepare(*p_.key, true, 1.0f, key_table_, key_rows_, dkey_rows_);
     }
     if (p_.query) {
-      prepare(*p_.query, false, p_.scale * kLog2e, query_table_, position_rows_, dquery_rows_);
+      prepare(*p_.query, false, query_scale(p_), query_table_, position_rows_, dquery_rows_);
     }
     for (int64_t seq = task_.begin; seq < task_.end; ++seq) {
       scope_ = make_scope(p_, seq, task_.head);
       sequence();
     }
-    if (p_.key) {  // the query rows carried scale * log2 e
-      collapse(*p_.key, true, kLn2, dkey_rows_, call_.dkey);
+    if (p_.key) {
+      collapse(*p_.key, true, score_unit(p_), dkey_rows_, call_.dkey);
     }
     if (p_.query) {
       collapse(*p_.query, false, p_.scale, dquery_rows_, call_.dquery);
@@ -160,7 +160,7 @@ class DisentangledHead {
     delta(call_.out, call_.grad_out, scope_.start, scope_.head, n, p_.head_dim, delta_);
     const float* lse = call_.lse + scope_.head * p_.total_tokens + scope_.start;
     for (int64_t i = 0; i < padded; ++i) {
-      lse2_[i] = i < n ? lse[i] * kLog2e + lse[i] * kLog2eLow : 0.0f;
+      lse_[i] = i < n ? lse[i] : 0.0f;
       delta_[i] = i < n ? delta_[i] : 0.0f;
     }
     std::fill_n(dq_, padded * LD, 0.0f);
@@ -181,8 +181,8 @@ class DisentangledHead {
     for (int64_t query = 0; query < scope_.length; query += kPositionBlock) {
       differentiate_queries(query, std::min(query + kPositionBlock, scope_.length));
     }
-    // Queries carry scale * log2 e, and probabilities lack dropout's 1 / (1 - p).
-    unpack_rows<LD>(p_, call_.dk, false, start, head, begin, end, kLn2, dkeys_);
+    // Scores lack their unit, and probabilities dropout's 1 / (1 - p).
+    unpack_rows<LD>(p_, call_.dk, false, start, head, begin, end, scope_.unit, dkeys_);
     unpack_rows<LD>(p_, call_.dv, false, start, head, begin, end, p_.dropout.keep_scale, dvalues_);
   }
 
@@ -190,7 +190,7 @@ class DisentangledHead {
     const int64_t start = scope_.start, head = scope_.head, size = p_.head_dim;
     query_ = begin;
     columns_ = round_up(end - begin, kQueryPad);
-    pack_rows<LD>(p_, p_.q, false, start, head, begin, end, kPositionBlock, p_.scale * kLog2e,
+    pack_rows<LD>(p_, p_.q, false, start, head, begin, end, kPositionBlock, query_scale(p_),
                   query_rows_);
     pack_rows<LD>(p_, call_.grad_out, false, start, head, begin, end, kPositionBlock, 1.0f,
                   grad_rows_);
@@ -236,7 +236,7 @@ class DisentangledHead {
     const auto differentiate =
         p_.dropout.active() ? differentiate_scores<true> : differentiate_scores<false>;
     for (int v = 0; v < 2; ++v) {
-      differentiate(scope_, query_ + block + v * kLanes, key_, rows_, lse2_, delta_,
+      differentiate(scope_, query_ + block + v * kLanes, key_, rows_, lse_, delta_,
                     scores_ + v * kLanes, grads + v * kLanes);
     }
     add_rows<LD>(rows_, kQueries, size, scores_, kQueries, 1, grad_rows_ + block * LD, dvalues_);
@@ -302,7 +302,7 @@ class DisentangledHead {
   AttentionScope scope_;
   int64_t key_, rows_, query_, columns_;
   float *keys_, *values_, *dkeys_, *dvalues_, *query_rows_, *queries_, *grad_rows_, *grads_, *dq_;
-  float *lse2_, *delta_, *scores_, *dscores_, *sheared_, *c2p_, *p2c_;
+  float *lse_, *delta_, *scores_, *dscores_, *sheared_, *c2p_, *p2c_;
   float *key_table_, *key_rows_, *dkey_rows_, *query_table_, *position_rows_, *dquery_rows_;
 };
 

@@ -116,8 +116,8 @@ class ForwardChunk {
   void pack_queries(int64_t block) {
     const int64_t begin = query_of(block);
     const int64_t end = std::min<int64_t>(begin + kQueries, task_.end);
-    pack_rows<LD>(p_, p_.q, true, scope_.start, scope_.head, begin, end, kQueries,
-                  p_.scale * kLog2e, rows_);
+    pack_rows<LD>(p_, p_.q, true, scope_.start, scope_.head, begin, end, kQueries, query_scale(p_),
+                  rows_);
     transpose_in<LD, NV>(rows_, p_.head_dim, queries_ + slot(block) * LD * kQueries);
   }
 
@@ -150,11 +150,21 @@ class ForwardChunk {
     scores_of<LD, NV>(rows, p_.head_dim, k, q, scores_);
     softmax_block<NV>(scope_, query_of(block), key, key_end, first, scores_,
                       {tops_ + slot(block) * kQueries, sums_ + slot(block) * kQueries, factors_});
+    // Long sums are sums of parts, for accuracy: see scores_of.
+    constexpr int64_t kPart = FASTENC_ISA_LEVEL == FASTENC_ISA_PORTABLE ? 16 : 128;
     const int64_t width = round_up(p_.head_dim, 4);
-    if (first) {
-      gemm<NV, Into::kOverwrite>(width, rows, v, 1, LD, scores_, kQueries, out, kQueries);
-    } else {
-      gemm<NV, Into::kScaleAdd>(width, rows, v, 1, LD, scores_, kQueries, out, kQueries, factors_);
+    for (int64_t j = 0; j < rows; j += kPart) {
+      const int64_t count = std::min(kPart, rows - j);
+      const float* from = v + j * LD;
+      const float* weights = scores_ + j * kQueries;
+      if (j > 0) {
+        gemm<NV, Into::kAdd>(width, count, from, 1, LD, weights, kQueries, out, kQueries);
+      } else if (first) {
+        gemm<NV, Into::kOverwrite>(width, count, from, 1, LD, weights, kQueries, out, kQueries);
+      } else {
+        gemm<NV, Into::kScaleAdd>(width, count, from, 1, LD, weights, kQueries, out, kQueries,
+                                  factors_);
+      }
     }
   }
 
@@ -168,7 +178,7 @@ class ForwardChunk {
       const vm empty = sum == zero();
       store(factors_ + v * kLanes, zero_unless(!empty, keep / sum));
       const vf top = load(tops_ + at);
-      const vf lse = fma(top, set(kLn2), fma(top, set(kLn2Low), log(sum)));
+      const vf lse = fma(top, set(scope_.unit), log(sum));
       const vf defined = select(is_nan(sum), sum, lse);
       const vf minus_infinity = set(-std::numeric_limits<float>::infinity());
       const int64_t token = begin + v * kLanes;
