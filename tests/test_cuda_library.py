@@ -17,7 +17,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(1800)  # the build, on a machine that does much else
 ARCHS = ("80", "90a")
-ROW_OPS = ("geglu", "rope", "add_layer_norm", "segment_pool")
 # 16-byte loads and stores that each vector kernel has at least. Their scalar siblings
 # (a width of 1, the first number in the name, or "loop" in it) serve what is not aligned.
 ACCESSES = {
@@ -31,6 +30,10 @@ ACCESSES = {
     "segment_pool_max_kernel": (1, 2),
     "segment_pool_bwd_kernel": (1, 1),
 }
+# Kernels that multiply: fp32 by FMA, else on the tensor cores; tiles arrive by 16-byte cp.async.
+TILE_KERNELS = (
+    "varlen_attention_fwd_kernel", "varlen_attention_dq_kernel", "varlen_attention_dkdv_kernel",
+)  # fmt: skip
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 
@@ -180,7 +183,7 @@ def count_opcodes(objects: list[Path], arch: str, kernels: dict[str, Kernel]) ->
 @pytest.fixture(scope="module")
 def kernels(library) -> dict[str, list[Kernel]]:
     report = ptxas_report(library.parent)
-    objects = sorted(o for o in library.parent.glob("*.o") if o.stem in ROW_OPS)
+    objects = sorted(library.parent.glob("*.o"))
     for arch, found in report.items():
         count_opcodes(objects, arch, found)
         for kernel, name in zip(found.values(), plain(list(found)), strict=True):
@@ -197,7 +200,7 @@ def test_kernels_keep_everything_in_registers(kernels, arch):
             f"  {k.name:60} {k.registers:4} {wide(k, 'LDG'):3} {wide(k, 'STG'):3} "
             f"{k.opcodes.total():6}"
         )
-    assert {k.stem for k in kernels[arch]} >= set(ACCESSES)
+    assert {k.stem for k in kernels[arch]} >= {*ACCESSES, *TILE_KERNELS}
     for k in kernels[arch]:
         assert k.registers and k.opcodes, f"{k.name}: not seen by ptxas or the disassembler"
         assert (k.stack, k.spilled) == (0, 0), f"{k.name}: {k.stack} B stack, {k.spilled} spilled"
@@ -219,6 +222,25 @@ def test_vector_kernels_move_16_bytes(kernels, arch, stem):
     for k in chosen:
         assert wide(k, "LDG") >= loads, f"{k.name}: {k.opcodes}"
         assert wide(k, "STG") >= stores, f"{k.name}: {k.opcodes}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [f"sm_{a}" for a in ARCHS])
+@pytest.mark.parametrize("stem", TILE_KERNELS)
+def test_tile_kernels_use_the_units_they_should(kernels, arch, stem):
+    chosen = [k for k in kernels[arch] if k.stem == stem]
+    assert len(chosen) == 3 * 4  # dtypes, padded head_dim
+    for k in chosen:
+        uses = Counter({op: count(k, op) for op in ("HMMA", "LDSM", "FFMA", "LDGSTS.E.BYPASS.128")})
+        if "float" in k.name:
+            assert uses["HMMA"] == 0 and uses["FFMA"] >= 256, f"{k.name}: {uses}"
+        else:
+            assert uses["HMMA"] >= 32 and uses["LDSM"] >= 16, f"{k.name}: {uses}"
+        assert uses["LDGSTS.E.BYPASS.128"] >= 4 and wide(k, "STG") >= 1, f"{k.name}: {k.opcodes}"
+
+
+def count(kernel: Kernel, opcode: str) -> int:
+    return sum(n for op, n in kernel.opcodes.items() if op == opcode or op.startswith(f"{opcode}."))
 
 
 @needs_nvcc
@@ -268,7 +290,8 @@ found = glob.glob
 glob.glob = lambda p, **k: ([library] if built == "1" else []) if "_cuda" in p else found(p, **k)
 import fastenc
 from fastenc.ops import _library
-OPS = ("geglu", "rope", "add_layer_norm", "segment_pool")
+OPS = ("geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention",
+       "rope_varlen_attention")
 def serves(name):
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 """

@@ -42,17 +42,17 @@ class Launcher {
   // After each launch: reports a bad configuration now instead of in some later call.
   static void check_launch(const char* op) { check(op, cudaGetLastError()); }
 
- private:
-  static int32_t device_of(const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda(), "expected a CUDA tensor as the first argument");
-    return x.get_device_index();
-  }
-
   static void check(const char* what, cudaError_t error) {
     STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error),
                     error == cudaErrorNoKernelImageForDevice ? " (compiled for " FASTENC_CUDA_ARCHS
                                                                "; see FASTENC_CUDA_ARCHS)"
                                                              : "");
+  }
+
+ private:
+  static int32_t device_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda(), "expected a CUDA tensor as the first argument");
+    return x.get_device_index();
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
@@ -87,11 +87,6 @@ inline const int32_t* cu_seqlens_data(const Tensor& cu_seqlens, const Tensor& li
                   "cu_seqlens: expected num_seqs + 1 contiguous entries, got ", cu_seqlens.size(0));
   return data<int32_t>(cu_seqlens);
 }
-
-template <int V>
-struct Width {
-  static constexpr int value = V;
-};
 
 // Calls f(Width<wide>{}) or, where vectors do not fit, f(Width<1>{}).
 template <int wide, typename F>

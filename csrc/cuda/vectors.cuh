@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../common/row_tiles.h"
 #include "../common/simd_types.h"
+#include "simt.cuh"
 
 namespace fastenc::cuda {
 
@@ -135,6 +133,11 @@ __device__ __forceinline__ void store(T* p, const float (&x)[V]) {
   }
   store_as_is<V>(p, out);
 }
+
+template <int V>
+struct Width {
+  static constexpr int value = V;
+};
 
 // Elements of one 16-byte access.
 template <typename T>

@@ -1,0 +1,189 @@
+// Packed attention forward on NVIDIA GPUs from sm_80 (mma.sync, cp.async, ldmatrix): any window,
+// head_dim up to 128, RoPE, dropout, relative bias. fastenc/ops/varlen_attention.py says what is
+// computed.
+//
+// A block takes 64 queries of one sequence and head, 16 a warp, and walks over the keys that they
+// see, 64 at a time (fp32: 32), two blocks of K and V in shared memory: the next arrives while this
+// one is worked on, with one barrier a block. Online softmax in base 2, statistics in fp32.
+// RoPE turns q and k in shared memory, after they have arrived: no turned copy in global memory.
+#pragma once
+
+#include "attention_tile.cuh"
+
+namespace fastenc::cuda {
+
+template <typename T, int kWidth>
+class ForwardTile {
+  using Shape = AttentionShape<sizeof(T), kWidth>;
+  static constexpr int kKeys = Shape::kKeys;
+  static constexpr int kPitch = Shape::kPitch;
+
+ public:
+  __device__ __forceinline__ ForwardTile(const AttentionArgs& args, const AttentionTile& tile,
+                                         int head)
+      : args_(args), tile_(tile), head_(head) {
+    auto* memory = dynamic_shared();
+    queries_ = reinterpret_cast<T*>(memory);
+    keys_ = queries_ + kAttentionRows * kPitch;
+    values_ = keys_ + Shape::kStages * kKeys * kPitch;
+    staging_ = reinterpret_cast<float*>(values_ + Shape::kStages * kKeys * kPitch) +
+               warp_id() * 16 * (kKeys + 4);
+    rows_ = static_cast<int>(smaller(kAttentionRows, tile.length - tile.first));
+    seen_ = seen_from(tile.first, tile.first + rows_ - 1, tile.length, args.left, args.right);
+  }
+
+  __device__ __forceinline__ void run() {
+    load_tile<kAttentionRows, kWidth>(queries_,
+                                      args_.q.template at<T>(tile_.start + tile_.first, head_),
+                                      args_.q.token_stride, rows_, args_.head_dim, args_.vectors);
+    if constexpr (Shape::kStages == 2) {
+      fetch(seen_.begin, 0);
+    }
+    cp_async_commit();
+    if (args_.cos.data != nullptr) {
+      cp_async_wait<0>();
+      __syncthreads();
+      rotate_tile<kAttentionRows, kWidth>(queries_, tile_.first, rows_, args_);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    const LeftRows<T, kWidth, kWidth <= 64> queries(queries_ + warp_id() * 16 * kPitch, kPitch);
+    clear(out_);
+    const uint64_t seed = args_.drop_below ? static_cast<uint64_t>(*args_.seed) : 0;
+    int stage = 0;
+    for (int key = seen_.begin; key < seen_.end; key += kKeys) {
+      arrive(key, stage);
+      step(queries, key, keys_ + stage * kKeys * kPitch, values_ + stage * kKeys * kPitch, seed);
+      stage = Shape::kStages - 1 - stage;
+    }
+    finish();
+  }
+
+ private:
+  __device__ __forceinline__ void fetch(int key, int stage) {
+    const int rows = seen_.end - key;
+    load_tile<kKeys, kWidth>(keys_ + stage * kKeys * kPitch,
+                             args_.k.template at<T>(tile_.start + key, head_), args_.k.token_stride,
+                             rows, args_.head_dim, args_.vectors);
+    load_tile<kKeys, kWidth>(values_ + stage * kKeys * kPitch,
+                             args_.v.template at<T>(tile_.start + key, head_), args_.v.token_stride,
+                             rows, args_.head_dim, args_.vectors);
+  }
+
+  // The keys of this step are there, turned; those of the next are on their way.
+  __device__ __forceinline__ void arrive(int key, int stage) {
+    if constexpr (Shape::kStages == 1) {
+      __syncthreads();
+      fetch(key, 0);
+      cp_async_commit();
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    if constexpr (Shape::kStages == 2) {
+      if (key + kKeys < seen_.end) {
+        fetch(key + kKeys, 1 - stage);
+      }
+      cp_async_commit();
+    }
+    if (args_.cos.data != nullptr) {
+      rotate_tile<kKeys, kWidth>(keys_ + stage * kKeys * kPitch, key, seen_.end - key, args_);
+      __syncthreads();
+    }
+  }
+
+  template <typename Left>
+  __device__ __forceinline__ void step(const Left& queries, int key, const T* keys, const T* values,
+                                       uint64_t seed) {
+    float s[kKeys / 8][4];
+    clear(s);
+    multiply_transposed<kKeys, kWidth>(s, queries, keys, kPitch);
+    const auto place = place_scores<Across::kQueries>(tile_.first, key);
+    if (args_.prescale) {
+      prescale(s, place, args_, head_);
+    }
+    if (!fully_seen(tile_.first, kAttentionRows, key, kKeys, tile_.length, args_.left,
+                    args_.right)) {
+      mask(s, place, tile_, args_, -INFINITY);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = top_[half];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      }
+      top = row_max(top);
+      // A row that has seen nothing yet: -inf - -inf would be NaN.
+      const float base = top == -INFINITY ? 0.0f : top * args_.factor;
+      const float shrink = fast_exp2(fmaf(top_[half], args_.factor, -base));
+      top_[half] = top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        s[n][2 * half] = fast_exp2(fmaf(s[n][2 * half], args_.factor, -base));
+        s[n][2 * half + 1] = fast_exp2(fmaf(s[n][2 * half + 1], args_.factor, -base));
+        sum += s[n][2 * half] + s[n][2 * half + 1];
+      }
+      sum_[half] = fmaf(sum_[half], shrink, sum);
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n) {
+        out_[n][2 * half] *= shrink;
+        out_[n][2 * half + 1] *= shrink;
+      }
+    }
+    if (args_.drop_below) {
+      drop(s, place, tile_.start, head_, seed, args_.drop_below);
+    }
+    multiply<kWidth, kKeys>(out_, s, values, kPitch, staging_);
+  }
+
+  __device__ __forceinline__ void finish() {
+    constexpr float kLn2 = 0.693147182f;
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = row_sum(sum_[half]);
+      scale[half] = sum == 0.0f ? 0.0f : args_.keep_scale / sum;
+      const int row = tile_.first + warp_id() * 16 + group_id() + half * 8;
+      if (lane_id() % 4 == 0 && row < tile_.length) {
+        // log(sum) by the exact function: this value outlives the kernel.
+        const float lse =
+            sum == 0.0f ? -INFINITY : fmaf(top_[half] * args_.factor, kLn2, logf(sum));
+        args_.lse[head_ * args_.total_tokens + tile_.start + row] = lse;
+      }
+    }
+    // Every warp stages its own rows, where it has read its queries from.
+    __syncthreads();
+    stage_rows<kWidth>(queries_ + warp_id() * 16 * kPitch, kPitch, out_, scale[0], scale[1]);
+    __syncthreads();
+    store_tile<kWidth>(queries_, args_.out.template at<T>(tile_.start + tile_.first, head_),
+                       args_.out.token_stride, rows_, args_.head_dim, args_.vectors);
+  }
+
+  const AttentionArgs& args_;
+  const AttentionTile tile_;
+  const int head_;
+  T *queries_, *keys_, *values_;
+  float* staging_;
+  int rows_;
+  Range seen_;
+  float out_[kWidth / 8][4];
+  float top_[2] = {-INFINITY, -INFINITY};
+  float sum_[2] = {0.0f, 0.0f};
+};
+
+// Block (slot, head) with the head fastest: the heads of a tile share the pages of their rows.
+template <typename T, int kWidth>
+__global__ __launch_bounds__(
+    kAttentionThreads,
+    kWidth <= 64 ? 3
+                 : 2) void varlen_attention_fwd_kernel(const __grid_constant__ AttentionArgs args) {
+  const int slot = blockIdx.x / args.heads, head = blockIdx.x % args.heads;
+  const AttentionTile tile = locate_tile(args.cu_seqlens, args.num_seqs, slot, kAttentionRows);
+  if (tile.first >= tile.length) {
+    return;
+  }
+  ForwardTile<T, kWidth>(args, tile, head).run();
+}
+
+}  // namespace fastenc::cuda
