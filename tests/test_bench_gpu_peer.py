@@ -5,8 +5,9 @@ import torch
 import torch.nn.attention.varlen as varlen
 
 import fastenc
-from bench import gpu_models, gpu_packed_peer
+from bench import gpu_gliner, gpu_models, gpu_packed_peer
 from fastenc.testing import assert_parity
+from tests.model_tests import telling
 
 
 def test_packed_peer_is_modernbert(monkeypatch):
@@ -22,3 +23,16 @@ def test_packed_peer_is_modernbert(monkeypatch):
         plain = model(**inputs).last_hidden_state[real]
         exact = model.double()(**inputs).last_hidden_state[real]
     assert_parity("hidden", actual, plain, exact)
+
+
+def test_plain_gliner_is_gliner():
+    torch.manual_seed(0)
+    model = telling(gpu_gliner.build(gpu_gliner.TOY))
+    packed, padded = gpu_gliner.inputs(model, 4)
+    mask = packed.span_mask(model.config.max_width)
+    with torch.inference_mode():
+        actual = gpu_gliner.PlainGLiNER(model).eval()(padded)
+        actual = gpu_gliner.valid(actual, padded.lengths)
+        expected = model.logits(packed)[mask]
+    assert actual.shape == expected.shape and abs(actual - expected).max() < 1e-5
+    assert expected.std() > 1e-3

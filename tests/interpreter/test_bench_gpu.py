@@ -27,7 +27,7 @@ def test_whole_benchmark_at_toy_size(tmp_path, monkeypatch):
     for record in result["models"]:
         assert record["runs"]["fastenc"]["difference"] < 1e-4, record
         assert record["runs"]["fastenc"]["fallbacks"] == []
-    for name in ("training", "embedding"):
+    for name in ("training", "embedding", "gliner"):
         for record in result[name]:
             assert record["runs"]["fastenc"]["seconds"] > 0, record
     losses = [
