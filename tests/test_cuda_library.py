@@ -280,7 +280,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 """
 
 PROLOGUE = """
-import ctypes, glob, sys, warnings
+import ctypes, glob, sys, types, warnings
 import torch
 warnings.simplefilter("error")
 library, stub, built = sys.argv[1:]
@@ -302,6 +302,23 @@ for op in OPS:
     for suffix in ("fwd", "bwd"):
         assert _library.serves_cuda(f"{op}_{suffix}")
         assert serves(f"fastenc::{op}_{suffix}") and serves(f"fastenc_cuda::{op}_{suffix}")
+# What the library has no kernel for goes to Triton, or is refused where it was asked for.
+like = types.SimpleNamespace(shape=(3, 2, 160), dtype=torch.float32, device=torch.device("cuda"))
+from fastenc.ops import _registry
+assert _registry.select("varlen_attention", like).name() == "fastenc_triton::varlen_attention_fwd"
+like.shape = (3, 2, 128)
+assert _registry.select("varlen_attention", like).name() == "fastenc::varlen_attention_fwd"
+_registry._measured.add("varlen_attention")
+assert _registry.select("varlen_attention", like).name() == "fastenc_triton::varlen_attention_fwd"
+_registry._measured.clear()
+with fastenc.use_backend("cuda"):
+    like.shape = (3, 2, 160)
+    try:
+        _registry.select("varlen_attention", like)
+    except NotImplementedError as error:
+        assert "it serves head_dim up to 128, got 160" in str(error), error
+    else:
+        raise AssertionError("head_dim 160 was accepted")
 # The dispatcher's own table names the library's registration, not a Python kernel.
 table = torch._C._dispatch_dump("fastenc::geglu_fwd")
 cuda = next(line for line in table.splitlines() if line.startswith("CUDA"))
@@ -358,9 +375,43 @@ def test_the_default_op_reaches_the_library(library, stub, capability):
     run_with_gpu(SERVED, library, stub, capability)
 
 
+def test_architectures_served():
+    from fastenc.ops._library import arch_served
+
+    def served(archs):
+        return {c for c in ("75", "80", "89", "90", "100", "103", "120")
+                if arch_served(archs, (int(c[:-1]), int(c[-1])))}  # fmt: skip
+
+    assert served(["80", "90a"]) == {"80", "89", "90", "100", "103", "120"}
+    assert served(["90a"]) == {"90"}
+    assert served(["100f", "90a"]) == {"90", "100", "103"}
+    assert served(["120", "89"]) == {"89", "90", "100", "103", "120"}
+    assert served([]) == set()
+
+
+def test_the_table_of_measured_ops_is_for_one_kind_of_gpu():
+    from fastenc.ops._registry import measured_for_triton
+
+    table = {("geglu", "sm_90"): 1.1, ("rope", "sm_80"): 1.2}
+    assert measured_for_triton(table, [(9, 0), (9, 0)]) == {"geglu"}
+    assert measured_for_triton(table, [(9, 0), (8, 0)]) == frozenset()
+    assert measured_for_triton(table, []) == frozenset()
+
+
+@needs_nvcc
+def test_a_library_for_hopper_alone_is_not_loaded_elsewhere(library, stub, tmp_path):
+    """The same file, its record of targets replaced: only the record is read before loading."""
+    data = library.read_bytes()
+    assert data.count(b"fastenc-cuda-archs:80;90a\0") == 1
+    other = tmp_path / "_cuda.so"
+    other.write_bytes(data.replace(b"archs:80;90a\0", b"archs:90a\0\0\0\0"))
+    expected = "is built for sm_90a; a GPU here is sm_80"
+    run_with_gpu(NOT_SERVED.format(expected=expected), other, stub, "80")
+
+
 @needs_nvcc
 def test_an_older_gpu_is_left_to_triton(library, stub):
-    expected = "serves sm_80 and later, a GPU here is sm_75"
+    expected = "is built for sm_80, sm_90a; a GPU here is sm_75"
     run_with_gpu(NOT_SERVED.format(expected=expected), library, stub, "75")
 
 

@@ -30,9 +30,8 @@ def test_the_library_needs_only_the_stable_abi():
     assert any(s.startswith("aoti_torch_") for s in symbols)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from the tracked files, without the compiled library (built above already)."""
+def build_wheel(tmp_path_factory, cuda: str) -> Path:
+    """A wheel built from the tracked files, with the smallest library that has all its parts."""
     source = tmp_path_factory.mktemp("source")
     names = subprocess.run(
         ["git", "ls-files", "-z", "--", "fastenc", "triton_kernels", "setup.py", "pyproject.toml",
@@ -44,13 +43,20 @@ def wheel(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     shutil.copytree(ROOT / "csrc/common", source / "csrc/common")
+    (source / "csrc/cuda").mkdir()
+    shutil.copy(ROOT / "csrc/cuda/launch_counts.cu", source / "csrc/cuda")
     out = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
          "-w", str(out), str(source)],
-        check=True, env={**os.environ, "FASTENC_CUDA": "0", "MAX_JOBS": "2"},
+        check=True, env={**os.environ, "FASTENC_CUDA": cuda, "MAX_JOBS": "2"},
     )  # fmt: skip
     return next(out.glob("fastenc-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory, "0")
 
 
 def test_wheel_contents(wheel):
@@ -61,6 +67,25 @@ def test_wheel_contents(wheel):
     assert "fastenc/py.typed" in names
     assert any(re.match(r"fastenc/_C\..*", name) for name in names)
     assert not any(name.endswith((".cpp", ".cu")) for name in names)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+def test_wheel_made_without_a_gpu_holds_the_cuda_library(tmp_path_factory, tmp_path):
+    with zipfile.ZipFile(build_wheel(tmp_path_factory, "1")) as archive:
+        (name,) = (n for n in archive.namelist() if re.match(r"fastenc/_cuda\..*so$", n))
+        library = archive.extract(name, tmp_path)
+    # Loaded as fastenc does it, by a torch without CUDA: nothing but torch's symbols may be open.
+    script = (
+        "import sys, torch; from fastenc.ops import _library\n"
+        "library = _library._open_cuda(sys.argv[1])\n"
+        "assert library.fastenc_cuda_launch_count(0, None) is None\n"
+        "print(*_library.built_archs(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, library], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["80", "90a"]
 
 
 def test_version():

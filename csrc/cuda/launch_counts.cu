@@ -1,7 +1,16 @@
-// The launch counters of this library, for fastenc.record(): read through ctypes, so plain C.
+// What Python asks of this library: its launch counters, for fastenc.record(), and its targets.
+// Plain C, read through ctypes.
 #include <cstdint>
 
 #include "../common/launch_counts.h"
+
+#ifndef FASTENC_CUDA_ARCHS
+#define FASTENC_CUDA_ARCHS ""
+#endif
+
+// What this library is compiled for; fastenc/ops/_library.py looks for it in the file.
+extern "C" __attribute__((visibility("default"), used)) const char fastenc_cuda_archs[] =
+    "fastenc-cuda-archs:" FASTENC_CUDA_ARCHS;
 
 // Name and count of the i-th counter; nullptr past the last. An op may have several counters.
 extern "C" __attribute__((visibility("default"))) const char* fastenc_cuda_launch_count(

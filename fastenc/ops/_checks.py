@@ -84,3 +84,9 @@ def cu_seqlens(name: str, cu: object, total: int, like: Tensor, max_seqlen: int 
 
 def is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt))
+
+
+def cuda_head_dim(x: Tensor) -> str | None:
+    """What the CUDA attention kernels do not serve: a head of more than 128."""
+    head_dim = x.shape[-1]
+    return None if head_dim <= 128 else f"it serves head_dim up to 128, got {head_dim}"

@@ -7,6 +7,8 @@ import glob
 import importlib
 import itertools
 import os
+import re
+from collections.abc import Sequence
 
 import torch
 
@@ -21,11 +23,38 @@ except ImportError as error:
     _cpu_reason = f"the C++ library is not built: {error}"
 
 
-OLDEST_ARCH = (8, 0)  # of the CUDA library: 16-bit arithmetic and cp.async begin there
+_ARCHS = re.compile(rb"fastenc-cuda-archs:([0-9af;]+)\0")  # csrc/cuda/launch_counts.cu
 
 
-def _oldest_gpu() -> tuple[int, int] | None:
-    """Compute capability of the oldest visible GPU, None where the driver does not say.
+def arch_served(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``archs``, as nvcc names them, runs on a GPU of ``capability``.
+
+    "90a" runs on that chip alone, "100f" on later minors of its family; of the others, setup.py
+    stores the oldest as PTX too, which every later GPU can compile.
+    """
+    for arch in archs:
+        number = arch.rstrip("af")
+        target = (int(number[:-1]), int(number[-1]))
+        if arch.endswith("a"):
+            served = capability == target
+        elif arch.endswith("f"):
+            served = capability[0] == target[0] and capability >= target
+        else:
+            served = capability >= target
+        if served:
+            return True
+    return False
+
+
+def built_archs(path: str) -> list[str]:
+    """What a CUDA library was compiled for, read from the file: loading it would register it."""
+    with open(path, "rb") as file:
+        found = _ARCHS.search(file.read())
+    return found[1].decode().split(";") if found else []
+
+
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """Compute capability of each visible GPU; none where the driver does not say.
 
     Asked of the driver itself: torch.cuda.get_device_capability would initialise CUDA in torch,
     after which a forked process can no longer use it.
@@ -34,19 +63,19 @@ def _oldest_gpu() -> tuple[int, int] | None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
+        return []
     count, value = ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return None
+        return []
     found = []
     for device in range(count.value):
         numbers = []
         for attribute in (major, minor):
             if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-                return None
+                return []
             numbers.append(value.value)
-        found.append(tuple(numbers))
-    return min(found, default=None)
+        found.append((numbers[0], numbers[1]))
+    return found
 
 
 def _open_cuda(path: str) -> ctypes.CDLL:
@@ -73,9 +102,11 @@ def _load_cuda() -> str | None:
         return "this torch has no CUDA"
     if not torch.cuda.is_available():
         return "no GPU is available"
-    oldest = _oldest_gpu()
-    if oldest is not None and oldest < OLDEST_ARCH:
-        return f"the CUDA library serves sm_80 and later, a GPU here is sm_{oldest[0]}{oldest[1]}"
+    archs = built_archs(paths[0])
+    for major, minor in gpu_capabilities():
+        if not arch_served(archs, (major, minor)):
+            built = ", ".join(f"sm_{arch}" for arch in archs)
+            return f"the CUDA library is built for {built}; a GPU here is sm_{major}{minor}"
     try:
         _cuda = _open_cuda(paths[0])
     except OSError as error:

@@ -22,6 +22,7 @@ import torch
 from torch.library import Library
 
 from fastenc.ops import _library
+from fastenc.ops._measured import FASTER_IN_TRITON
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,6 +170,7 @@ class OpSpec:
     *grads)`` returns one gradient per forward input, calling ``bwd`` of its own namespace;
     ``autocast(dtype, device_type, args)`` returns the arguments as they run under autocast.
     An op without a gradient has no ``backward`` and nothing that belongs to it.
+    ``cuda_refuses(x)``: why the CUDA library cannot serve a call with the first argument ``x``.
     """
 
     name: str
@@ -182,6 +184,7 @@ class OpSpec:
     differentiate: Callable | None = None
     autocast: Callable | None = None
     stem: str | None = None
+    cuda_refuses: Callable[[torch.Tensor], str | None] | None = None
 
     @property
     def triton_module(self) -> str:
@@ -189,6 +192,9 @@ class OpSpec:
 
 
 _specs: dict[str, OpSpec] = {}
+# Plain sets, filled as ops are defined: torch.compile traces through the choice that reads them.
+_both_serve: set[str] = set()  # CUDA tensors: the CUDA library and Triton
+_measured: set[str] = set()
 
 
 def define(spec: OpSpec) -> None:
@@ -212,6 +218,11 @@ def define(spec: OpSpec) -> None:
                     f"Autocast{device.upper()}",
                 )
         _register_python_kernels(spec, backend, library)
+    in_library = _library.serves_cuda(f"{spec.name}_fwd")
+    if in_library and _exists(spec.triton_module) and _exists("triton"):
+        _both_serve.add(spec.name)
+        capabilities = _library.gpu_capabilities()
+        _measured.update(measured_for_triton(FASTER_IN_TRITON, capabilities) & {spec.name})
 
 
 def _define_backward(spec: OpSpec, namespace: str, library: Library) -> None:
@@ -312,12 +323,35 @@ def backends() -> dict[str, dict[str, str]]:
     }
 
 
-def _misplaced(backend: str, x: torch.Tensor) -> str | None:
+def _refused(name: str, x: torch.Tensor) -> str | None:
+    refuses = _specs[name].cuda_refuses
+    return None if refuses is None else refuses(x)
+
+
+def measured_for_triton(
+    table: dict[tuple[str, str], float], capabilities: list[tuple[int, int]]
+) -> frozenset[str]:
+    """Ops that ``table`` leaves to Triton: its entries for the one kind of GPU that is here."""
+    chips = {f"sm_{major}{minor}" for major, minor in capabilities}
+    return frozenset(op for op, chip in table if chips == {chip})
+
+
+def _in_triton(name: str, x: torch.Tensor) -> bool:
+    """Whether the default op leaves this call to Triton, though the CUDA library is there.
+
+    Where it was measured to be faster on this chip, or the library has no kernel for the shape.
+    """
+    return name in _both_serve and (name in _measured or _refused(name, x) is not None)
+
+
+def _misplaced(backend: str, x: torch.Tensor, name: str = "") -> str | None:
     device = x.device.type
     if backend == "cpu" and device != "cpu":
         return f"it serves CPU tensors, got {device}"
     if backend == "cuda" and device != "cuda":
         return f"it serves CUDA tensors, got {device}"
+    if backend == "cuda" and (refused := _refused(name, x)):
+        return refused
     if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it serves CPU tensors only under TRITON_INTERPRET=1"
     if backend != "reference" and x.dtype not in KERNEL_DTYPES:
@@ -330,12 +364,13 @@ def select(name: str, x: torch.Tensor) -> torch._ops.OpOverload:
     backend = _local.backend
     if backend is None:
         if x.dtype in KERNEL_DTYPES:
-            return _forward[name][None]
+            on_gpu = x.device.type == "cuda"
+            return _forward[name]["triton" if on_gpu and _in_triton(name, x) else None]
         note_fallback(f"{name}: no kernel for {x.dtype}, plain PyTorch runs")
         return _forward[name]["reference"]
-    reason = unavailable(name, backend) or _misplaced(backend, x)
+    reason = unavailable(name, backend) or _misplaced(backend, x, name)
     if reason is None:
         return _forward[name][backend]
-    others = {b: unavailable(name, b) or _misplaced(b, x) or "available" for b in BACKENDS}
+    others = {b: unavailable(name, b) or _misplaced(b, x, name) or "available" for b in BACKENDS}
     lines = "; ".join(f"{b}: {why}" for b, why in others.items())
     raise NotImplementedError(f"{name}: backend {backend!r} cannot serve this call ({lines})")

@@ -59,6 +59,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(1),
+        cuda_refuses=_checks.cuda_head_dim,
     )
 )
 

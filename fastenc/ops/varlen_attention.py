@@ -88,6 +88,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(3),
+        cuda_refuses=_checks.cuda_head_dim,
     )
 )
 
