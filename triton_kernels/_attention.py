@@ -40,11 +40,6 @@ def pieces_of(head_dim: int, halves: bool = False) -> tuple[tuple[int, int, int]
 
 
 @triton.jit
-def wide(x):
-    return tl.cast(x, tl.int64)
-
-
-@triton.jit
 def _load_piece(ptr, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr, VALID: tl.constexpr):
     col = tl.arange(0, WIDTH)[None, :]
     ptrs = ptr + rows[:, None] * stride + (OFFSET + col)

@@ -85,6 +85,15 @@ def tile_rows(x: Tensor) -> Tensor:
     return unit_rows(x) if x.stride(0) < 1 << 23 else x.contiguous()
 
 
+def tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of the products: fp32 in full, unless torch's switch allows tf32."""
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+
+
 def power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
@@ -148,6 +157,11 @@ def run_chosen(
 
 
 # ---- device functions --------------------------------------------------------------------------
+
+
+@triton.jit
+def wide(x):
+    return tl.cast(x, tl.int64)
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def _pick_kernel(
     end = tl.load(cu_ptr + seq + 1)
     row = end - 1 if LAST else start
     x_ptrs = x_ptr + row.to(tl.int64) * x_stride + col
-    x = tl.load(x_ptrs, mask=(col < hidden) & (start < end), other=0.0)
+    x = tl.load(x_ptrs, mask=col < tl.where(start < end, hidden, 0), other=0.0)
     tl.store(out_ptr + seq.to(tl.int64) * hidden + col, x, mask=col < hidden)
 
 

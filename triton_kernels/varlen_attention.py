@@ -28,14 +28,6 @@ from fastenc.triton_kernels.varlen_attention_launch import (
 from fastenc.triton_kernels.windowed_attention_fwd import windowed_forward_kernel
 
 
-def tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
-
-
-def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
-
-
 @dataclass(frozen=True)
 class Options:
     """What a call asks beside its tensors; ``cos`` and ``sin`` rotate q (and k where asked)."""
@@ -95,7 +87,7 @@ class Options:
             "DROPOUT": self.dropout,
             "BIAS": self.bias is not None,
             "RAW": self.bias is None and self.scale > 0,
-            "PRECISION": precision(dtype),
+            "PRECISION": _common.precision(dtype),
         }
 
 

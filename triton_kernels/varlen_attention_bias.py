@@ -21,9 +21,8 @@ from fastenc.triton_kernels._attention import (
     keep_mask,
     load_head,
     tile_of,
-    wide,
 )
-from fastenc.triton_kernels._common import LOG2_E, cast
+from fastenc.triton_kernels._common import LOG2_E, cast, wide
 from fastenc.triton_kernels.varlen_attention_bwd import _log_sums
 from fastenc.triton_kernels.varlen_attention_fwd import masked_scores, powers
 

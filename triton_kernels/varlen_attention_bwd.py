@@ -30,10 +30,9 @@ from fastenc.triton_kernels._attention import (
     scale_head,
     store_head,
     tile_of,
-    wide,
     zero_head,
 )
-from fastenc.triton_kernels._common import LOG2_E, cast, locate
+from fastenc.triton_kernels._common import LOG2_E, cast, locate, wide
 from fastenc.triton_kernels.varlen_attention_fwd import masked_scores, powers
 
 

@@ -25,10 +25,9 @@ from fastenc.triton_kernels._attention import (
     scale_head,
     store_head,
     tile_of,
-    wide,
     zero_head,
 )
-from fastenc.triton_kernels._common import LN_2, LOG2_E, cast
+from fastenc.triton_kernels._common import LN_2, LOG2_E, cast, wide
 
 
 @triton.jit

@@ -22,10 +22,9 @@ from fastenc.triton_kernels._attention import (
     keep_mask,
     load_head,
     rotate_head,
-    wide,
     zero_head,
 )
-from fastenc.triton_kernels._common import LOG2_E, cast, locate
+from fastenc.triton_kernels._common import LOG2_E, cast, locate, wide
 from fastenc.triton_kernels.varlen_attention_fwd import finish, masked_scores, powers, row_peaks
 
 

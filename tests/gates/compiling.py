@@ -171,13 +171,14 @@ def compile_calls(
 
 # ---- verdicts ----------------------------------------------------------------------------------
 
-PRODUCTS = ("forward_kernel", "backward_kernel", "partial_kernel")
+PRODUCTS = ("forward_kernel", "backward_kernel", "partial_kernel", "candidates_kernel")
 # These touch one row a sequence, a table or a list: nothing there is worth 16 bytes.
 SMALL = {
     "_attention._schedule_kernel",
     "add_layer_norm._reduce_kernel",
     "segment_pool._finish_kernel",
     "segment_pool._pick_kernel",
+    "span_score_bwd.add_chunks_kernel",
     "varlen_attention_bias.bias_reduce_kernel",
 }
 NARROW = r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.[US](16|8)(\.\w+)*"
@@ -191,13 +192,20 @@ MATRIX = {
 
 
 def multiplies(kernel: Compiled) -> bool:
-    return "attention" in kernel.name and kernel.name.endswith(PRODUCTS)
+    """Whether the kernel is made of matrix products."""
+    named = re.match(r"\w*attention|span_(score|candidates)", kernel.name)
+    return bool(named) and kernel.name.endswith(PRODUCTS)
 
 
 def narrow_allowed(kernel: Compiled) -> int | None:
-    """16-bit accesses that are meant: gathers of the bias table, one row of a pooled gradient."""
+    """16-bit accesses that are meant: gathers of the bias table, one row of a pooled gradient, and
+    the gradient of span scores, whose rows are as long as there are labels."""
     if kernel.options.get("BIAS") or "bias" in kernel.name:
         return None
+    if kernel.name.startswith("span_score_bwd"):
+        o = kernel.options
+        loads = o["BLOCK_M"] * o["BLOCK_C"] // (32 * o["num_warps"])
+        return 2 * loads if "words" in kernel.name else loads + 1
     return 1 if kernel.name == "segment_pool._backward_kernel" else 0
 
 

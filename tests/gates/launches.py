@@ -9,11 +9,15 @@ from collections.abc import Callable
 import torch
 
 from fastenc.triton_kernels import (
+    _common,
     add_layer_norm,
     geglu,
     rope,
     rope_varlen_attention,
     segment_pool,
+    span_candidates,
+    span_pool,
+    span_score,
     varlen_attention,
 )
 
@@ -50,6 +54,36 @@ def call_segment_pool(hidden: int, dtype: torch.dtype, mode: str) -> None:
     x = torch.empty(64, hidden, dtype=dtype)
     out, index = segment_pool.segment_pool_fwd(x, _cu(), mode)
     segment_pool.segment_pool_bwd(out, index, _cu(), 64, mode)
+
+
+def _spans(size: int, labels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """start, end, labels of eight sequences."""
+    words = torch.empty(64, size, dtype=dtype)
+    return words, words, torch.empty(8, labels, size, dtype=dtype)
+
+
+def call_span_pool(size: int, dtype: torch.dtype) -> None:
+    start, end, _ = _spans(size, 1, dtype)
+    out = span_pool.span_pool_fwd(start, end, _cu(), 12)
+    span_pool.span_pool_bwd(out, start, end, _cu(), 12)
+
+
+def call_span_score(size: int, labels: int, dtype: torch.dtype, dropout: bool = False) -> None:
+    tensors = _spans(size, labels, dtype)
+    bias = torch.empty(8, labels, dtype=dtype)
+    options = (0.4, torch.zeros(1, dtype=torch.int64)) if dropout else (0.0, None)
+    out = span_score.span_score_fwd(*tensors, _cu(), 12, bias, *options)
+    span_score.span_score_bwd(out, *tensors, _cu(), 12, *options)
+
+
+def call_span_candidates(size: int, labels: int, dtype: torch.dtype) -> None:
+    """Nothing is found where nothing runs: counts are zeros, so the list is empty."""
+    empty = _common.empty
+    _common.empty = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        span_candidates.span_candidates_fwd(*_spans(size, labels, dtype), _cu(), 12, 0.5, None)
+    finally:
+        _common.empty = empty
 
 
 def call_attention(
@@ -98,6 +132,13 @@ def default_calls() -> dict[str, list[Call]]:
             bind(call_attention, 64, BF16, GLOBAL, rope=True),
             bind(call_attention, 64, BF16, LOCAL, rope=True),
         ],
+        "span_pool": [bind(call_span_pool, 2048, BF16)],
+        "span_score": [
+            bind(call_span_score, 2048, 10, BF16),
+            bind(call_span_score, 2048, 10, BF16, dropout=True),
+            bind(call_span_score, 2048, 1000, BF16),
+        ],
+        "span_candidates": [bind(call_span_candidates, 2048, 10, BF16)],
     }
 
 
@@ -113,6 +154,13 @@ def all_calls() -> list[Call]:
     for hidden, dtype in itertools.product((384, 768, 1024, 5000, 8192), (BF16, FP32)):
         calls.append(bind(call_add_layer_norm, hidden, dtype, True, False))
     calls.append(bind(call_add_layer_norm, 768, BF16, False, True))
+    for size, dtype in itertools.product((2048, 3072), (BF16, FP32)):
+        calls.append(bind(call_span_pool, size, dtype))
+    for labels, dropout in itertools.product((1, 10, 25, 60, 1000), (False, True)):
+        calls += [bind(call_span_score, 2048, labels, d, dropout=dropout) for d in (BF16, FP32)]
+    calls += [bind(call_span_score, 3072, 25, FP16, dropout=True)]
+    for labels, dtype in itertools.product((10, 1000), (BF16, FP32)):
+        calls.append(bind(call_span_candidates, 2048, labels, dtype))
     for dtype, mode in itertools.product((BF16, FP32), ("mean", "cls", "max", "last")):
         calls.append(bind(call_segment_pool, 768, dtype, mode))
     for head_dim in (32, 64, 96, 128):

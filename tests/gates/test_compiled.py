@@ -187,7 +187,7 @@ def test_gate_sees_narrow_accesses():
 
 def test_gate_sees_tf32(monkeypatch):
     """The switch that users have, torch.backends.cuda.matmul.allow_tf32, reaches the kernels."""
-    monkeypatch.setattr(varlen_attention, "tf32_allowed", lambda: True)
+    monkeypatch.setattr(_common, "tf32_allowed", lambda: True)
     call = launches.call_attention
     kernels = compile_calls("sm_80", [lambda: call(64, launches.FP32, launches.GLOBAL)])
     assert any("tf32" in text for k in kernels for text in faults(k, False))
