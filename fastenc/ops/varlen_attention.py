@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastenc.ops import _checks
+from fastenc.ops import _checks, _flash
 from fastenc.ops._attention_ref import backward_ref, forward_ref
 from fastenc.ops._registry import OpSpec, define, select
 from fastenc.ops._rules import lower_precision
@@ -123,10 +123,7 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None, like: Tensor) -> 
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
-def varlen_attention_with_lse(
-    q, k, v, cu_seqlens, max_seqlen, window_size, scale, dropout_p, seed, rel_bias
-) -> tuple[Tensor, Tensor]:
-    """:func:`varlen_attention` and the log-sum-exp of each row, (heads, total_tokens) fp32."""
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.floating(name, x, 3)
         _checks.same_dtype(name, x, "q", q)
@@ -138,6 +135,13 @@ def varlen_attention_with_lse(
     if q.shape[2] < 1:
         raise ValueError(f"q: expected head_dim >= 1, got shape {tuple(q.shape)}")
     _checks.cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q, max_seqlen)
+
+
+def varlen_attention_with_lse(
+    q, k, v, cu_seqlens, max_seqlen, window_size, scale, dropout_p, seed, rel_bias
+) -> tuple[Tensor, Tensor]:
+    """:func:`varlen_attention` and the log-sum-exp of each row, (heads, total_tokens) fp32."""
+    _check_packed(q, k, v, cu_seqlens, max_seqlen)
     left, right = check_window(window_size)
     seed = check_dropout(dropout_p, seed, q)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
@@ -187,6 +191,11 @@ def varlen_attention(
         TypeError, ValueError: shapes, dtypes, devices or cu_seqlens do not fit (the contents of
             cu_seqlens are read on the CPU, and on a GPU under ``debug_checks``).
     """
+    if _flash.ASKED_FOR and _flash.serves(q, dropout_p, rel_bias):
+        _check_packed(q, k, v, cu_seqlens, max_seqlen)
+        scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+        window_size = check_window(window_size)
+        return _flash.attend(q, k, v, cu_seqlens, max_seqlen, window_size, scale)
     return varlen_attention_with_lse(
         q, k, v, cu_seqlens, max_seqlen, window_size, scale, dropout_p, seed, rel_bias
     )[0]
