@@ -164,7 +164,7 @@ def build_cuda(nvcc: str, archs: list[str], build_dir: str, library: str, jobs: 
 
 
 def cuda_extension() -> Extension:
-    depends = glob.glob("csrc/cuda/*") + glob.glob("csrc/common/*.h")
+    depends = glob.glob("csrc/cuda/**/*.*", recursive=True) + glob.glob("csrc/common/*.h")
     return Extension("fastenc._cuda", sources=[], depends=sorted(depends))
 
 

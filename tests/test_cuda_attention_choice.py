@@ -10,22 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GENERAL, LOCAL = 0, 1
+GENERAL, LOCAL, GLOBAL = 0, 1, 2
 
 SHIM = r"""
 #include "csrc/cuda/attention_choice.h"
 using namespace fastenc;
 static AttentionCase made(const int64_t* x, double scale) {
-  return {int(x[0]), int(x[1]), x[2], x[3], x[4], x[5], scale,
-          x[6] != 0, x[7] != 0, x[8] != 0, x[9] != 0, x[10] != 0};
+  return {int(x[0]), x[1] != 0, int(x[2]), x[3], x[4], x[5], x[6], scale,
+          x[7] != 0, x[8] != 0, x[9] != 0, x[10] != 0, x[11] != 0};
 }
 extern "C" {
 int choose(const int64_t* x, double scale) { return int(choose_attention(made(x, scale))); }
+int choose_bwd(const int64_t* x) { return int(choose_attention_bwd(made(x, 1.0))); }
 int reach(const int64_t* x) { return local_reach(made(x, 1.0)); }
 }
 """
 FIELDS = {
-    "capability": 90, "item_bytes": 2, "head_dim": 64, "left": 64, "right": 64,
+    "capability": 90, "sm90a": 1, "item_bytes": 2, "head_dim": 64, "left": 64, "right": 64,
     "max_seqlen": 4096, "dropout": 0, "bias": 0, "rotary": 1, "rotary_same_type": 1, "vectors": 1,
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ def lib(tmp_path_factory):
     )
     library = ctypes.CDLL(str(folder / "shim.so"))
     library.choose.argtypes = [ctypes.c_void_p, ctypes.c_double]
-    library.reach.argtypes = [ctypes.c_void_p]
+    library.reach.argtypes = library.choose_bwd.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -61,7 +62,8 @@ def test_the_local_kernel_serves_hopper(lib):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"capability": 80}, {"capability": 89}, {"capability": 100}, {"capability": 120},
+        {"sm90a": 0}, {"capability": 80}, {"capability": 89}, {"capability": 100},
+        {"capability": 120},
         {"item_bytes": 4}, {"head_dim": 96}, {"head_dim": 8}, {"dropout": 1}, {"bias": 1},
         {"rotary_same_type": 0}, {"vectors": 0}, {"left": 129}, {"right": -1},
         {"head_dim": 128, "left": 65},
@@ -75,6 +77,15 @@ def test_a_scale_that_is_not_positive_is_general(lib):
     assert lib.choose(case(), 0.0) == lib.choose(case(), -1.0) == GENERAL
 
 
+def test_the_global_kernel_serves_unlimited_windows(lib):
+    for unlimited in ({"left": -1, "right": -1}, {"left": 4095, "right": -1}):
+        for head_dim in (32, 64, 128):
+            assert lib.choose(case(head_dim=head_dim, **unlimited), 0.1) == GLOBAL
+            assert lib.choose(case(head_dim=head_dim, capability=120, **unlimited), 0.1) == GENERAL
+            assert lib.choose_bwd(case(head_dim=head_dim, **unlimited)) == GENERAL
+    assert lib.choose(case(left=4094, right=-1), 0.1) == GENERAL
+
+
 def test_reach_is_the_narrowest_that_holds_the_window(lib):
     for left in range(0, 140):
         reach = lib.reach(case(left=left, right=3))
@@ -84,3 +95,9 @@ def test_reach_is_the_narrowest_that_holds_the_window(lib):
     assert lib.reach(case(left=-1, right=-1, max_seqlen=129)) == 128
     assert lib.reach(case(left=-1, right=-1, max_seqlen=130)) == 0
     assert lib.reach(case(left=-1, right=-1, max_seqlen=0)) == 64
+
+
+def test_the_backward_serves_what_fits_into_shared_memory(lib):
+    assert lib.choose_bwd(case()) == lib.choose_bwd(case(head_dim=32, left=128)) == LOCAL
+    for changed in ({"left": 65}, {"head_dim": 128}, {"capability": 80}, {"dropout": 1}):
+        assert lib.choose_bwd(case(**changed)) == GENERAL

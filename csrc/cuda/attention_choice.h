@@ -7,12 +7,14 @@
 namespace fastenc {
 
 enum class AttentionKernel {
-  kGeneral,    // csrc/cuda/varlen_attention.cu: sm_80 and up, every case
-  kLocalSm90,  // csrc/cuda/local_attention_sm90.cu
+  kGeneral,     // csrc/cuda/varlen_attention.cu: sm_80 and up, every case
+  kLocalSm90,   // csrc/cuda/local_attention_sm90.cu, local_attention_bwd_sm90.cu
+  kGlobalSm90,  // csrc/cuda/global_attention_sm90.cu, forward only
 };
 
 struct AttentionCase {
   int capability;  // 10 * major + minor of the device
+  bool sm90a;      // the library holds code for it
   int item_bytes;  // of q, k, v: 2 for bf16 and fp16
   int64_t head_dim;
   int64_t left, right;  // of the window; negative: unlimited
@@ -40,14 +42,31 @@ constexpr int local_reach(const AttentionCase& c) {
 }
 
 constexpr bool hopper_serves(const AttentionCase& c) {
-  return c.capability == 90 && c.item_bytes == 2 && c.vectors && !c.dropout && !c.bias &&
+  return c.capability == 90 && c.sm90a && c.item_bytes == 2 && c.vectors && !c.dropout && !c.bias &&
          (!c.rotary || c.rotary_same_type) && c.scale > 0 &&
          (c.head_dim == 32 || c.head_dim == 64 || c.head_dim == 128);
 }
 
+// Whether every query sees every key of its sequence.
+constexpr bool sees_everything(const AttentionCase& c) {
+  const int64_t most = c.max_seqlen > 1 ? c.max_seqlen - 1 : 0;
+  return attention_reach(c.left, c.max_seqlen) == most &&
+         attention_reach(c.right, c.max_seqlen) == most;
+}
+
 constexpr AttentionKernel choose_attention(const AttentionCase& c) {
-  return hopper_serves(c) && local_reach(c) > 0 ? AttentionKernel::kLocalSm90
-                                                : AttentionKernel::kGeneral;
+  return !hopper_serves(c)    ? AttentionKernel::kGeneral
+         : local_reach(c) > 0 ? AttentionKernel::kLocalSm90
+         : sees_everything(c) ? AttentionKernel::kGlobalSm90
+                              : AttentionKernel::kGeneral;
+}
+
+// Four tiles and their halo have to fit into shared memory.
+constexpr AttentionKernel choose_attention_bwd(const AttentionCase& c) {
+  const int64_t reach = local_reach(c);
+  const bool fits = c.head_dim == 32 || (c.head_dim == 64 && reach == 64);
+  return hopper_serves(c) && reach > 0 && fits ? AttentionKernel::kLocalSm90
+                                               : AttentionKernel::kGeneral;
 }
 
 }  // namespace fastenc

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/attention_tiles.h"
+#include "../common/philox.h"
 #include "attention_args.cuh"
 #include "launch.cuh"
 

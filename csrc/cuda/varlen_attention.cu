@@ -5,6 +5,7 @@
 
 #include "attention_fwd.cuh"
 #include "attention_problem.cuh"
+#include "attention_sm90.cuh"
 
 namespace fastenc::cuda {
 namespace {
@@ -20,6 +21,16 @@ std::tuple<Tensor, Tensor> forward(const Launcher& launcher, const char* op, Att
   a.out = head_rows(out);
   a.lse = mutable_data<float>(lse);
   a.vectors = a.vectors && rows_keep_vectors(out);
+  switch (choose_attention(attention_case(launcher, call))) {
+    case AttentionKernel::kLocalSm90:
+      local_attention_sm90_fwd(launcher, call);
+      return {out, lse};
+    case AttentionKernel::kGlobalSm90:
+      global_attention_sm90_fwd(launcher, call, like);
+      return {out, lse};
+    case AttentionKernel::kGeneral:
+      break;
+  }
   dispatch_dtype("q", call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     dispatch_head_dim(a.head_dim, [&](auto width) {

@@ -5,6 +5,7 @@
 
 #include "attention_bwd.cuh"
 #include "attention_problem.cuh"
+#include "attention_sm90.cuh"
 
 namespace fastenc::cuda {
 namespace {
@@ -90,6 +91,14 @@ void backward(const Launcher& launcher, const char* op, AttentionCall* call,
       keep(call, torch::stable::new_empty(dq, {a.heads, a.total_tokens}, ScalarType::Float));
   grads.delta = mutable_data<float>(delta);
   grads.scale = static_cast<float>(call->options.scale);
+  const bool on_hopper =
+      strides_fit_tma(grads.grad_out, a) &&
+      choose_attention_bwd(attention_case(launcher, *call)) == AttentionKernel::kLocalSm90;
+  if (on_hopper) {
+    grads.forward = a;
+    local_attention_sm90_bwd(launcher, *call, grads);
+    return;
+  }
   if (!dtable.has_value()) {
     grads.forward = a;
     launch_backward(launcher, op, *call, grads);

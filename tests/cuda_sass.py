@@ -1,0 +1,116 @@
+"""What a CUDA source compiled to: registers and spills from ptxas, instructions from cuobjdump."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ARCHS = ("80", "90a")
+
+
+@dataclass
+class Sass:
+    """One kernel on sm_90a. ``code``: (address, instruction) in order."""
+
+    name: str
+    registers: int
+    stack: int
+    spilled: int
+    code: list[tuple[int, str]] = field(default_factory=list)
+
+    def loops(self) -> list[list[str]]:
+        """Bodies of the backward branches, longest first."""
+        spans = []
+        for at, text in self.code:
+            target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < at:
+                spans.append((int(target[1], 16), at))
+        spans.sort(key=lambda span: span[0] - span[1])
+        return [[text for at, text in self.code if a <= at <= b] for a, b in spans]
+
+
+def _setup():
+    spec = importlib.util.spec_from_file_location("fastenc_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _cuobjdump() -> str:
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    if found is None:
+        pytest.skip("cuobjdump was not found (CUDA toolkit, triton)")
+    return found
+
+
+def compiled(source: str) -> tuple[dict[str, Sass], str]:
+    """Kernels of ``csrc/cuda/<source>`` for sm_90a by demangled name, and what nvcc said.
+
+    Skips where nvcc or cuobjdump is missing. Objects are kept where test_cuda_library keeps them.
+    """
+    build = _setup()
+    nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
+    if nvcc is None:
+        pytest.skip(line)
+    tool, folder = _cuobjdump(), ROOT / "build" / "cuda_test"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = str(ROOT / "csrc" / "cuda" / source)
+    flags = build.nvcc_flags(list(ARCHS))
+    built = Path(build.compile_cuda(nvcc, path, str(folder), flags))
+    log = built.with_suffix(".log").read_text()
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    kernels = {
+        symbol: Sass("", int(registers), int(stack), int(stores) + int(loads))
+        for symbol, stack, stores, loads, registers in entry.findall(log)
+    }
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for kernel, name in zip(kernels.values(), names, strict=True):
+        kernel.name = re.sub(r"fastenc::|cuda::|sm90::|void ", "", name).split("(")[0]
+    sass = subprocess.run(
+        [tool, "-sass", "-arch", "sm_90a", str(built)], capture_output=True, text=True, check=True
+    ).stdout
+    for part in sass.split("Function : ")[1:]:
+        kernel = kernels[part.split(None, 1)[0]]
+        lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;/]+);", part)
+        kernel.code = [(int(at, 16), text.strip()) for at, text in lines]
+    return {k.name: k for k in kernels.values()}, log
+
+
+def check_hopper(kernels: dict[str, Sass], log: str, producer: bool = False) -> None:
+    """Tensor cores and TMA in the main loop, everything else in registers; prints resources.
+
+    ``producer``: a warpgroup of its own loads, in a loop of its own.
+    """
+    for k in sorted(kernels.values(), key=lambda k: k.name):
+        products = sum("HGMMA" in text for _, text in k.code)
+        print(f"  {k.name:56} {k.registers:4} registers {products:4} HGMMA {len(k.code):6} in all")
+    # ptxas says so where it had to put a wait after every product.
+    assert "serialized" not in log, re.findall(r".*serialized.*", log)
+    for k in kernels.values():
+        assert k.code and k.registers, f"{k.name}: not seen by ptxas or the disassembler"
+        assert (k.stack, k.spilled) == (0, 0), f"{k.name}: {k.stack} B stack, {k.spilled} spilled"
+        local = [text for _, text in k.code if re.search(r"\b(LDL|STL)\b", text)]
+        assert local == [], f"{k.name}: local memory {local[:3]}"
+        loops = k.loops()
+        for opcode in ("HGMMA", "UTMALDG"):
+            looked_at = loops if producer else loops[:1]
+            inside = [any(opcode in text for text in loop) for loop in looked_at]
+            assert any(inside), f"{k.name}: no {opcode} in its main loop"
