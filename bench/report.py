@@ -19,9 +19,8 @@ def newest() -> dict[str, dict]:
     """{machine: results} of the newest full run on each machine."""
     found = {}
     for folder in sorted(measure.RESULTS.glob("*")):
-        files = sorted(folder.glob("*.json"))
-        if files:
-            results = json.loads(files[-1].read_text())
+        for file in sorted(folder.glob("*.json")):
+            results = json.loads(file.read_text())
             if "modernbert" in results:
                 found[folder.name] = results
     return found

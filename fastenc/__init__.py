@@ -15,6 +15,7 @@ _HOMES = {
     "DebertaV2Model": "fastenc.models",
     "Encoder": "fastenc.encoder",
     "GLiNER": "fastenc.models",
+    "MPNetModel": "fastenc.models",
     "ModernBertForMaskedLM": "fastenc.models",
     "ModernBertForMultipleChoice": "fastenc.models",
     "ModernBertForQuestionAnswering": "fastenc.models",

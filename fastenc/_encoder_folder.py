@@ -85,12 +85,15 @@ def read_folder(source: str) -> Recipe:
     return _complete(recipe, source)
 
 
-def read_sentence_transformer(model: nn.Module) -> Recipe:
-    """The parts of a live SentenceTransformer: its own model and tokenizer, not copies."""
+def read_sentence_transformer(model: nn.Module, whole: bool = False) -> Recipe:
+    """The parts of a live SentenceTransformer: its own model and tokenizer, not copies.
+
+    ``whole``: the vectors before its ``truncate_dim``, which else is refused.
+    """
     source = type(model).__name__
     first, *rest = list(model)
     _check_first(source, _dotted(first))
-    if getattr(model, "truncate_dim", None) is not None:
+    if not whole and getattr(model, "truncate_dim", None) is not None:
         raise _unsupported(source, "truncate_dim")
     recipe = Recipe(first.auto_model, first.tokenizer, max_length=first.max_seq_length)
     recipe.prompts = {k: v or "" for k, v in (getattr(model, "prompts", None) or {}).items()}

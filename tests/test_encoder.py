@@ -138,10 +138,6 @@ def other_architectures():
         embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=48, **small,
     )  # fmt: skip
-    yield transformers.MPNetModel, transformers.MPNetConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=514, **small,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("cls", "config"), other_architectures(), ids=lambda x: str(x)[:40])

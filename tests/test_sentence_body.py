@@ -141,14 +141,15 @@ def test_interrupted_save_loses_nothing(tmp_path, minilm, monkeypatch):
         body.save(tmp_path / "file")
 
 
-@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "ModernBert", "Distil"])
+@pytest.mark.parametrize("kind", ["MPNet", "Roberta", "XLMRoberta", "ModernBert", "Distil"])
 def test_architectures(tmp_path, kind):
-    """RoBERTa, XLM-R and ModernBERT run packed; another runs padded, and says so."""
+    """MPNet, RoBERTa, XLM-R and ModernBERT run packed; another runs padded, and says so."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
     small = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
              "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}  # fmt: skip
     special = {f"{name}_token_id": i for i, name in enumerate(("bos", "eos", "cls", "sep"), 1)}
     config = {
+        "MPNet": lambda: transformers.MPNetConfig(**small),
         "Roberta": lambda: transformers.RobertaConfig(**small),
         "XLMRoberta": lambda: transformers.XLMRobertaConfig(**small),
         "ModernBert": lambda: transformers.ModernBertConfig(**small, **special, local_attention=8),

@@ -18,6 +18,8 @@ from fastenc.integrations import _on_import
 T = TypeVar("T")
 
 _HANDLERS = {
+    "sentence_transformers": "fastenc.integrations.sentence_transformers",
+    "setfit": "fastenc.integrations.setfit",
     "transformers": "fastenc.integrations.transformers",
 }
 
@@ -31,7 +33,9 @@ def accelerate(obj: T, *, prepack: bool = False, cuda_graphs: bool = False) -> T
     logged reason (``fastenc.record().fallbacks``).
 
     Args:
-        obj: a transformers model, or any module that contains one.
+        obj: a transformers model, or any module that contains one; a SentenceTransformer or
+            CrossEncoder, whose ``encode`` and ``predict`` then also make batches by tokens; a
+            setfit.SetFitModel.
         prepack: also keep the weights of its linear layers in the layout of the CPU's matrix
             product (:func:`fastenc.nn.prepack`): faster without gradients, at the memory of those
             weights once more.

@@ -8,6 +8,7 @@ _HOMES = {
     "BertModel": "bert",
     "DebertaV2Model": "deberta",
     "GLiNER": "gliner",
+    "MPNetModel": "mpnet",
     "ModernBertForMaskedLM": "heads",
     "ModernBertForMultipleChoice": "heads",
     "ModernBertForQuestionAnswering": "heads",

@@ -17,6 +17,7 @@ _FILES = {
     "bert.modeling_bert": ("Bert", "fastenc.models.bert"),
     "deberta_v2.modeling_deberta_v2": ("DebertaV2", "fastenc.models.deberta"),
     "roberta.modeling_roberta": ("Roberta", "fastenc.models.roberta"),
+    "mpnet.modeling_mpnet": ("MPNet", "fastenc.models.mpnet"),
     "xlm_roberta.modeling_xlm_roberta": ("XLMRoberta", "fastenc.models.roberta"),
 }
 _HEADS = "fastenc.models.heads"

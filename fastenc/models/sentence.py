@@ -65,8 +65,11 @@ class SentenceBody(nn.Module):
 
     @classmethod
     def from_sentence_transformer(cls, model: nn.Module) -> SentenceBody:
-        """The body of a live SentenceTransformer: its own modules, not copies."""
-        return cls(read_sentence_transformer(model))
+        """The body of a live SentenceTransformer: its own modules, not copies.
+
+        Vectors are whole: ``truncate_dim`` is left to the caller.
+        """
+        return cls(read_sentence_transformer(model, whole=True))
 
     # ---- what it is --------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class SentenceBody(nn.Module):
             float32, (n, dimension) in input order; (dimension,) for a single string.
         """
         few = [texts] if isinstance(texts, str) else texts
-        plain = prompt is None and prompt_name is None and self.default_prompt is None
+        plain = prompt == "" or (prompt is prompt_name is self.default_prompt is None)
         if (
             plain
             and not show_progress

@@ -1,0 +1,250 @@
+"""accelerate on live SentenceTransformer, CrossEncoder and setfit.SetFitModel objects."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentence_transformers as st
+import setfit
+import torch
+import transformers
+from model_tests import telling
+from sentence_transformers.sentence_transformer import modules as st_modules
+from test_encoder_folder import MINILM, TEXTS, tiny_body
+
+import fastenc
+from fastenc.integrations.sentence_transformers import _cuts
+
+PAIRS = [(a, b) for a, b in zip(TEXTS, reversed(TEXTS), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> st.SentenceTransformer:
+    return st.SentenceTransformer(MINILM, device="cpu")
+
+
+def tiny(tmp_path: Path, *head, **options) -> st.SentenceTransformer:
+    modules = [tiny_body(tmp_path / "body"), st_modules.Pooling(32, "mean"), *head]
+    return st.SentenceTransformer(modules=modules, device="cpu", **options)
+
+
+def pair_model(folder: Path, kind: str = "Bert", labels: int = 1) -> st.CrossEncoder:
+    """A CrossEncoder with a tiny random encoder and MiniLM's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": labels,
+             "pad_token_id": 0}  # fmt: skip
+    if kind == "ModernBert":
+        small |= {f"{n}_token_id": i for i, n in enumerate(("bos", "eos", "cls", "sep"), 1)}
+    config = getattr(transformers, f"{kind}Config")(**small)
+    model = telling(getattr(transformers, f"{kind}ForSequenceClassification")(config))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return st.CrossEncoder(str(folder), device="cpu", max_length=96)
+
+
+def files(folder: Path) -> dict:
+    """{name: content}. A tokenizer keeps the truncation and padding of its last call: left out."""
+    names = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    found = {name: p.read_bytes() for name, p in names.items() if name != "README.md"}
+    tokenizer = json.loads(found["tokenizer.json"])
+    found["tokenizer.json"] = tokenizer | {"truncation": None, "padding": None}
+    return found
+
+
+# ---- SentenceTransformer -------------------------------------------------------------------------
+
+
+def test_encode_of_real_weights(minilm):
+    expected = minilm.encode(TEXTS)
+    before = type(minilm[0].auto_model)
+    assert fastenc.accelerate(minilm) is minilm is fastenc.accelerate(minilm)
+    try:
+        with fastenc.record() as ran:
+            found, one = minilm.encode(TEXTS), minilm.encode(TEXTS[0])
+            tensor = minilm.encode(TEXTS[:3], convert_to_tensor=True, normalize_embeddings=True)
+        assert ran.fallbacks == [] and "varlen_attention" in ran.calls
+        assert isinstance(minilm, st.SentenceTransformer) and one.shape == (384,)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one, expected[0], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(tensor, expected[:3], rtol=0, atol=1e-6)
+    finally:
+        assert fastenc.restore(minilm) is minilm
+    assert type(minilm) is st.SentenceTransformer and type(minilm[0].auto_model) is before
+    np.testing.assert_allclose(minilm.encode(TEXTS), expected, rtol=0, atol=2e-7)
+
+
+def test_what_encode_can_be_asked(tmp_path):
+    head = [st_modules.Dense(32, 12), st_modules.Normalize()]
+    plain = tiny(tmp_path, *head, prompts={"query": "find: "}, default_prompt_name=None)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    for options in (
+        {},
+        {"prompt_name": "query"},
+        {"truncate_dim": 5},
+        {"truncate_dim": 5, "normalize_embeddings": True},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"precision": "binary"},
+        {"batch_size": 3, "show_progress_bar": True},
+    ):
+        with fastenc.record() as ran:
+            found = ours.encode(TEXTS, **options)
+        expected = plain.encode(TEXTS, **options)
+        assert ran.fallbacks == [] and type(found) is type(expected), options
+        if options.get("precision"):
+            assert np.array_equal(found, expected)
+            continue
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=3e-6)
+    assert ours.encode([]).shape == plain.encode([]).shape
+    with fastenc.record() as ran:
+        tokens = ours.encode(TEXTS[:3], output_value="token_embeddings")
+    assert ran.fallbacks == ["SentenceTransformer: output_value='token_embeddings'"]
+    assert [len(x) for x in tokens] == [
+        len(x) for x in plain.encode(TEXTS[:3], output_value="token_embeddings")
+    ]
+
+
+def test_changes_to_the_live_object_are_seen(tmp_path):
+    plain = tiny(tmp_path)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    ours.encode(TEXTS[:2])
+    for change in (
+        lambda m: setattr(m, "max_seq_length", 9),
+        lambda m: m.append(st_modules.Normalize()),
+        lambda m: m[0].auto_model.embeddings.word_embeddings.weight.data.mul_(2),
+        lambda m: setattr(m[1], "pooling_mode", "cls"),
+        lambda m: setattr(m, "truncate_dim", 7),
+    ):
+        change(plain)
+        change(ours)
+        np.testing.assert_allclose(ours.encode(TEXTS), plain.encode(TEXTS), rtol=0, atol=3e-6)
+    calls = []
+    ours[1].register_forward_hook(lambda *args: calls.append(1))
+    with fastenc.record() as ran:
+        ours.encode(TEXTS)
+    assert calls and "hooks on its modules" in ran.fallbacks[0]
+
+
+def test_saved_folders_stay_vanilla(tmp_path):
+    head = [st_modules.Dense(32, 12), st_modules.Normalize()]
+    model = tiny(tmp_path, *head)
+    model.save(str(tmp_path / "plain"))
+    fastenc.accelerate(model, prepack=True)
+    model.encode(TEXTS)
+    model.save(str(tmp_path / "ours"))
+    assert files(tmp_path / "ours") == files(tmp_path / "plain")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert np.array_equal(twin.encode(TEXTS), model.encode(TEXTS))
+        assert type(fastenc.restore(twin)) is st.SentenceTransformer
+
+
+def test_training_runs_packed(tmp_path):
+    plain = tiny(tmp_path)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    grads = []
+    with fastenc.record() as ran:
+        for model in (plain.eval(), ours.eval()):
+            features = model.preprocess(TEXTS[:6])
+            model(features)["sentence_embedding"].square().sum().backward()
+            grads.append(model[0].auto_model.embeddings.word_embeddings.weight.grad)
+    assert "varlen_attention_bwd" in ran.calls and ran.fallbacks == []
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4 * grads[0].abs().max())
+
+
+def test_another_architecture_runs_padded(tmp_path):
+    config = transformers.DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(tmp_path)
+    model = st.SentenceTransformer(str(tmp_path), device="cpu")
+    expected = model.encode(TEXTS)
+    with fastenc.record() as ran:
+        found = fastenc.accelerate(model).encode(TEXTS)
+    assert any("no packed form" in why for why in ran.fallbacks)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
+
+
+def test_a_class_of_its_own_keeps_its_encode(tmp_path):
+    class Mine(st.SentenceTransformer):
+        def encode(self, *args, **kwargs):
+            return "mine"
+
+    model = Mine(modules=list(tiny(tmp_path)), device="cpu")
+    with fastenc.record() as ran:
+        assert fastenc.accelerate(model).encode(TEXTS) == "mine"
+    assert "a class of its own" in ran.fallbacks[0] and type(model) is Mine
+
+
+# ---- CrossEncoder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, labels", [("Bert", 1), ("Bert", 3), ("Roberta", 1),
+                                          ("ModernBert", 1)])  # fmt: skip
+def test_cross_encoder(tmp_path, kind, labels):
+    plain = pair_model(tmp_path, kind, labels)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    assert type(ours).__name__ == "CrossEncoder" and isinstance(ours, st.CrossEncoder)
+    for options in ({}, {"apply_softmax": True}, {"convert_to_tensor": True},
+                    {"activation_fn": torch.nn.Tanh()}):  # fmt: skip
+        with fastenc.record() as ran:
+            found = ours.predict(PAIRS, **options)
+        expected = plain.predict(PAIRS, **options)
+        assert ran.fallbacks == [] and type(found) is type(expected)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.predict(PAIRS[0]), plain.predict(PAIRS[0]), rtol=0, atol=1e-5)
+    assert len(ours.predict([])) == 0
+    if labels == 1:
+        ranked = ours.rank(TEXTS[0], TEXTS[2:6])
+        assert [r["corpus_id"] for r in ranked] == [
+            r["corpus_id"] for r in plain.rank(TEXTS[0], TEXTS[2:6])
+        ]
+    plain.save_pretrained(str(tmp_path / "plain"))
+    ours.save_pretrained(str(tmp_path / "ours"))
+    saved = [files(tmp_path / name) for name in ("plain", "ours")]
+    if kind == "ModernBert":  # its config is written for old and new readers
+        old, new = (json.loads(found.pop("config.json")) for found in saved)
+        assert old.items() <= new.items()
+    assert saved[0] == saved[1]
+    assert type(fastenc.restore(ours)) is st.CrossEncoder
+    np.testing.assert_allclose(ours.predict(PAIRS), plain.predict(PAIRS), rtol=0, atol=1e-6)
+
+
+def test_batches_of_pairs():
+    lengths = np.array([4000, 400, 400, 40, 4, 0])
+    assert _cuts(lengths, 210, None) == [(0, 1), (1, 3), (3, 6)]
+    assert _cuts(lengths, 10**6, 256) == [(0, 6)]
+    assert _cuts(lengths[:0], 100, None) == []
+
+
+# ---- setfit --------------------------------------------------------------------------------------
+
+
+def test_setfit_model(tmp_path):
+    tiny(tmp_path).save(str(tmp_path / "body"))
+    model = setfit.SetFitModel.from_pretrained(str(tmp_path / "body"), labels=["no", "yes"])
+    model.fit(TEXTS[5:25], [0, 1] * 10, num_epochs=1, show_progress_bar=False)
+    expected, scores = model.predict(TEXTS), model.predict_proba(TEXTS)
+    model.save_pretrained(tmp_path / "plain")
+    assert fastenc.accelerate(model) is model is fastenc.accelerate(model)
+    with fastenc.record() as ran:
+        assert model.predict(TEXTS) == expected and model.predict(TEXTS[0]) == expected[0]
+        torch.testing.assert_close(model.predict_proba(TEXTS), scores, rtol=0, atol=2e-5)
+    assert ran.fallbacks == [] and "varlen_attention" in ran.calls
+    model.save_pretrained(tmp_path / "ours")
+    plain, ours = files(tmp_path / "plain"), files(tmp_path / "ours")
+    assert {k: v for k, v in ours.items() if k != "config_setfit.json"} == {
+        k: v for k, v in plain.items() if k != "config_setfit.json"
+    }
+    name = "config_setfit.json"  # setfit writes a set's items in any order
+    assert json.loads(ours[name]) == json.loads(plain[name])
+    fastenc.restore(model)
+    assert type(model.model_body) is st.SentenceTransformer
+    torch.testing.assert_close(model.predict_proba(TEXTS), scores, rtol=0, atol=1e-6)
+    with pytest.raises(TypeError, match="with a body"):
+        fastenc.accelerate(setfit.SetFitModel())
