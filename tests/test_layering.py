@@ -104,7 +104,7 @@ def test_imports_go_downwards(path):
 
 def test_cpu_and_cuda_sources_do_not_include_each_other():
     for kind, other in (("cpu", "cuda"), ("cuda", "cpu")):
-        for path in ROOT.glob(f"csrc/{kind}/*"):
+        for path in ROOT.glob(f"csrc/{kind}/**/*.*"):
             included = [line for line in path.read_text().splitlines() if "#include" in line]
             assert not any(f"{other}/" in line for line in included), path
 
