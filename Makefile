@@ -64,5 +64,8 @@ gates: $(VENV)/.test
 	$(PY) -m pytest tests/gates
 	$(PY) -m pytest tests -m slow --ignore=tests/interpreter --ignore=tests/gates
 
+accuracy: $(VENV)/.test
+	$(PY) -m bench.accuracy_setfit
+
 clean:
 	rm -rf build dist *.egg-info fastenc/_C*.so fastenc/_cuda*.so

@@ -24,7 +24,10 @@ _HOMES = {
     "ModernBertModel": "fastenc.models",
     "RobertaModel": "fastenc.models",
     "SentenceBody": "fastenc.models",
+    "SetFitDistillationTrainer": "fastenc.train.setfit",
     "SetFitModel": "fastenc.models",
+    "SetFitTrainer": "fastenc.train.setfit",
+    "SetFitTrainingArguments": "fastenc.train.setfit",
     "XLMRobertaModel": "fastenc.models",
 }
 __all__ = [*_ops, *_HOMES, "accelerate", "restore"]

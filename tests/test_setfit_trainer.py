@@ -1,0 +1,377 @@
+"""SetFitTrainer: setfit's training in exact mode, and what it does around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from model_tests import telling
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as st_modules
+from test_encoder_folder import MINILM, tiny_body
+from transformers import TrainerCallback
+
+import fastenc
+from bench import setfit_peer as peer
+from fastenc.train import _setfit_body, _touched_rows
+from fastenc.train._metrics import compute
+
+GOOD = ["a charming journey", "wonderful and warm", "I loved every minute", "superb acting",
+        "touching, from start to end", "what a delight"]  # fmt: skip
+BAD = ["very, very slow", "a tedious mess", "I want my money back", "dull and far too long",
+       "the worst film of the year", "boring"]  # fmt: skip
+TEXTS, LABELS = GOOD + BAD, [1] * 6 + [0] * 6
+DATA = {"text": TEXTS, "label": LABELS}
+QUIET = {"show_progress_bar": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A tiny random body, whose weights tell texts apart."""
+    path = tmp_path_factory.mktemp("body")
+    body = tiny_body(path / "bert")
+    telling(body.auto_model)
+    modules = [body, st_modules.Pooling(32)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(path / "saved"))
+    return str(path / "saved")
+
+
+def model_of(folder, dropout=False, **given) -> fastenc.SetFitModel:
+    model = fastenc.SetFitModel.from_pretrained(folder, **given)
+    if not dropout:
+        peer.without_dropout(model.body)
+    return model
+
+
+def losses(trainer) -> list[float]:
+    return [row["embedding_loss"] for row in trainer.state.log_history if "embedding_loss" in row]
+
+
+def train(model, data=DATA, **given):
+    args = fastenc.SetFitTrainingArguments(**{**QUIET, "logging_steps": 1, **given})
+    trainer = fastenc.SetFitTrainer(model, args, data)
+    trainer.train()
+    return trainer
+
+
+def far(a, b) -> float:
+    """Distance over all parameters."""
+    return math.sqrt(sum(float((a[k].double() - b[k].double()).square().sum()) for k in b))
+
+
+# ---- exact pairing is setfit ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body, given", [
+    ("tiny", {"num_epochs": (2, 1), "seed": 7}),
+    ("tiny", {"num_iterations": 2, "batch_size": (5, 2), "l2_weight": 0.3}),
+    ("tiny", {"max_steps": 3, "body_learning_rate": (1e-3, 1e-5)}),
+    ("MiniLM", {"max_steps": 5}),
+])  # fmt: skip
+def test_exact_pairing_trains_as_setfit(folder, body, given):
+    peer.quiet()
+    source = MINILM if body == "MiniLM" else folder
+    before = peer.weights(model_of(source).body)
+    expected = peer.load(source)
+    peer.without_dropout(expected.model_body)
+    expected_losses = peer.trained(expected, TEXTS, LABELS, logging_steps=1, **given)[1]
+    reference = peer.load(source)
+    peer.without_dropout(reference.model_body.double())
+    reference_losses = peer.trained(reference, TEXTS, LABELS, logging_steps=1, **given)[1]
+    found = model_of(source)
+    trainer = train(found, pairing="exact", **given)
+
+    assert len(losses(trainer)) == len(expected_losses)
+    error = np.abs(np.subtract(losses(trainer), reference_losses)).max()
+    floor = np.abs(np.subtract(expected_losses, reference_losses)).max()
+    assert error <= 2 * floor + 1e-6
+    ours, theirs = peer.weights(found.body), peer.weights(expected.model_body)
+    truth = peer.weights(reference.model_body)
+    moved = far(truth, {k: v for k, v in before.items() if k in theirs})
+    assert far(ours, truth) <= 2 * far(theirs, truth) + 1e-5 * moved
+    assert far(theirs, truth) < 0.2 * moved, "the comparison says nothing"
+    p, q, r = (np.asarray(m.predict_proba(TEXTS)) for m in (found, expected, reference))
+    assert np.abs(p - r).max() <= 2 * np.abs(q - r).max() + 1e-5
+
+
+def test_touched_rows_are_all_rows(folder):
+    rows = {}
+    for mode in ("touched", "all", "frozen"):
+        model = model_of(folder)
+        train(model, embedding_rows=mode, body_learning_rate=1e-2, l2_weight=0.5, max_steps=4)
+        rows[mode] = peer.weights(model.body)
+        assert type(model.body.model.get_input_embeddings()) is torch.nn.Embedding
+    name = "embeddings.word_embeddings.weight"
+    before = peer.weights(model_of(folder).body)[name]
+    for key, value in rows["all"].items():
+        torch.testing.assert_close(rows["touched"][key], value, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(rows["touched"][name], before)
+    assert torch.equal(rows["frozen"][name], before)
+    untouched = (rows["all"][name] / before).median()
+    assert 0.9 < untouched < 1, "weight decay reaches rows that no text uses"
+
+
+def test_touched_rows_hold_little_state():
+    model = fastenc.SetFitModel.from_pretrained(MINILM)
+    ids = model.body.token_ids(TEXTS)
+    with _touched_rows.training_embeddings(model.body.model, "touched", ids):
+        trained = sum(p.numel() for p in model.body.parameters())
+    assert trained < 0.52 * sum(p.numel() for p in model.body.parameters())
+
+
+# ---- block pairing -------------------------------------------------------------------------------
+
+
+def test_blocks_learn_with_fewer_encodings(folder, monkeypatch):
+    texts = 0
+    embed = _setfit_body.embed
+
+    def counting(body, tokens, bf16=False):
+        nonlocal texts
+        texts += len(tokens)
+        return embed(body, tokens, bf16)
+
+    monkeypatch.setattr(_setfit_body, "embed", counting)
+    made = {}
+    for pairing in ("block", "exact"):
+        texts, model = 0, model_of(folder)
+        trainer = train(model, pairing=pairing, body_learning_rate=1e-3, num_epochs=10)
+        made[pairing] = texts, losses(trainer)
+        assert np.mean(losses(trainer)[-3:]) < 0.8 * np.mean(losses(trainer)[:3])
+        assert trainer.evaluate(DATA)["accuracy"] == 1.0
+    assert made["block"][0] < 0.8 * made["exact"][0]
+
+
+def test_the_seed_decides(folder):
+    runs = [losses(train(model_of(folder, dropout=True), seed=s, max_steps=3)) for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_max_length_cuts_training_texts(folder):
+    long = {"text": [t + " and so on" * 30 for t in TEXTS], "label": LABELS}
+    cut = {"text": TEXTS, "label": LABELS}
+    lengths = []
+    for data, most in ((long, 4), (cut, None)):
+        trainer = fastenc.SetFitTrainer(
+            model_of(folder), fastenc.SetFitTrainingArguments(max_length=most, **QUIET), data
+        )
+        tokens, _ = trainer._tokens(data["text"], trainer.args)
+        lengths.append(max(map(len, tokens)))
+    assert lengths[0] == 4 < lengths[1]
+
+
+@pytest.mark.parametrize("loss", ["SupConLoss", "BatchHardTripletLoss", "BatchAllTripletLoss",
+                                  "ContrastiveLoss", "OnlineContrastiveLoss"])  # fmt: skip
+@pytest.mark.parametrize("pairing", ["block", "exact"])
+def test_other_losses_learn(folder, loss, pairing):
+    model = model_of(folder)
+    given = {"loss": loss, "pairing": pairing, "batch_size": 8, "num_epochs": (12, 1)}
+    trainer = train(model, body_learning_rate=1e-3, **given)
+    found = losses(trainer)
+    assert np.isfinite(found).all() and np.mean(found[-4:]) < np.mean(found[:4])
+
+
+def test_bf16_and_accumulation(folder):
+    whole = model_of(folder)
+    train(whole, max_steps=4, bf16=True)
+    few, many = model_of(folder), model_of(folder)
+    seen = train(few, block_steps=8, block_size=12, gradient_accumulation_steps=4)
+    assert seen.state.global_step == 2
+    train(many, block_steps=2, block_size=12)
+    a, b = peer.weights(few.body), peer.weights(many.body)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=3e-5)
+
+
+# ---- the head ------------------------------------------------------------------------------------
+
+
+def test_a_differentiable_head_encodes_once(folder, monkeypatch):
+    model = model_of(folder, use_differentiable_head=True, head_params={"out_features": 2})
+    calls = []
+    forward = model.body.forward
+    monkeypatch.setattr(model.body, "forward", lambda b: calls.append(b.num_seqs) or forward(b))
+    before = {k: v.clone() for k, v in model.body.state_dict().items()}
+    train(model, num_epochs=(0, 30), head_learning_rate=0.1)
+    assert sum(calls) == len(TEXTS)
+    assert all(torch.equal(v, before[k]) for k, v in model.body.state_dict().items())
+    assert [int(i) for i in model.predict(TEXTS)] == LABELS
+
+
+def test_end_to_end_moves_the_body(folder):
+    model = model_of(folder, use_differentiable_head=True, head_params={"out_features": 2})
+    before = {k: v.clone() for k, v in model.body.state_dict().items()}
+    train(model, num_epochs=(0, 4), end_to_end=True, body_learning_rate=1e-3)
+    assert any(not torch.equal(v, before[k]) for k, v in model.body.state_dict().items())
+    assert [int(i) for i in model.predict(TEXTS)] == LABELS
+
+
+def test_names_and_several_labels(folder):
+    names = {"text": TEXTS, "label": ["good" if i else "bad" for i in LABELS]}
+    model = model_of(folder)
+    trainer = train(model, names, max_steps=3, body_learning_rate=1e-3)
+    assert model.labels == ["bad", "good"] and set(model.predict(TEXTS)) <= {"bad", "good"}
+    assert trainer.evaluate(names)["accuracy"] > 0.8
+    rows = {
+        "text": TEXTS,
+        "label": [[i, 1 - i, 1 if t < "m" else 0] for t, i in zip(TEXTS, LABELS, strict=True)],
+    }
+    model = model_of(folder, multi_target_strategy="multi-output")
+    trainer = train(model, rows, max_steps=3, body_learning_rate=1e-3)
+    assert np.asarray(model.predict(TEXTS)).shape == (12, 3)
+    assert 0 <= trainer.evaluate(rows)["accuracy"] <= 1
+
+
+def test_distillation_follows_the_teacher(folder):
+    teacher = model_of(folder)
+    train(teacher, body_learning_rate=1e-3, num_epochs=10)
+    student = model_of(folder)
+    args = fastenc.SetFitTrainingArguments(
+        body_learning_rate=3e-3, logging_steps=1, block_steps=120, **QUIET
+    )
+    trainer = fastenc.SetFitDistillationTrainer(teacher, student, args, {"text": TEXTS})
+    start = np.corrcoef(cosines(student), cosines(teacher))[0, 1]
+    trainer.train()
+    assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+    assert np.corrcoef(cosines(student), cosines(teacher))[0, 1] > max(start, 0.8)
+    assert np.array_equal(student.predict(TEXTS), teacher.predict(TEXTS))
+    with pytest.raises(ValueError, match="distillation needs"):
+        args = fastenc.SetFitTrainingArguments(loss="supcon")
+        fastenc.SetFitDistillationTrainer(teacher, student, args, {"text": TEXTS})
+
+
+def cosines(model) -> np.ndarray:
+    x = np.asarray(model.encode(TEXTS))
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return (x @ x.T)[np.triu_indices(len(x), 1)]
+
+
+def test_a_modernbert_body_trains(tmp_path):
+    from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
+
+    config = ModernBertConfig(
+        vocab_size=30522, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, pad_token_id=0, cls_token_id=101,
+        sep_token_id=102, bos_token_id=101, eos_token_id=102,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ModernBertModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MINILM).save_pretrained(tmp_path)
+    model = fastenc.SetFitModel.from_pretrained(tmp_path)
+    with fastenc.record() as seen:
+        trainer = train(model, body_learning_rate=1e-3, num_epochs=10)
+    assert not seen.fallbacks and np.mean(losses(trainer)[-3:]) < losses(trainer)[0]
+    assert trainer.evaluate(DATA)["accuracy"] == 1.0
+
+
+# ---- around it -----------------------------------------------------------------------------------
+
+
+def test_evaluation_checkpoints_and_the_best(folder, tmp_path):
+    given = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+             "load_best_model_at_end": True, "output_dir": str(tmp_path / "out"),
+             "save_total_limit": 2, "body_learning_rate": 1e-3, "block_steps": 8}  # fmt: skip
+    model = model_of(folder)
+    args = fastenc.SetFitTrainingArguments(**QUIET, **given)
+    trainer = fastenc.SetFitTrainer(model, args, DATA, {"text": TEXTS[::2], "label": LABELS[::2]})
+    trainer.train()
+    values = [r["eval_embedding_loss"] for r in trainer.state.log_history
+              if "eval_embedding_loss" in r]  # fmt: skip
+    assert len(values) == 4 and trainer.state.best_metric == min(values)
+    assert 1 <= len(list((tmp_path / "out").glob("checkpoint-*"))) <= 3
+    best = trainer.state.best_model_checkpoint
+    SentenceTransformer(best, device="cpu").encode(TEXTS[:2])
+    saved = fastenc.SentenceBody.from_folder(best).state_dict()
+    assert all(torch.equal(v, saved[k]) for k, v in model.body.state_dict().items())
+
+
+def test_early_stopping_and_callbacks(folder):
+    class Seen(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            Seen.steps += 1
+            assert kwargs["model"] is model and kwargs["optimizer"] is not None
+
+    model = model_of(folder)
+    args = fastenc.SetFitTrainingArguments(
+        eval_strategy="steps", eval_steps=1, early_stopping_patience=2, body_learning_rate=10.0,
+        warmup_proportion=0.0, block_steps=30, **QUIET,
+    )  # fmt: skip
+    trainer = fastenc.SetFitTrainer(model, args, DATA, DATA, callbacks=[Seen])
+    trainer.train_embeddings()
+    assert trainer.state.global_step == Seen.steps < 30
+
+
+def test_datasets_and_columns(folder):
+    import datasets
+
+    with peer.counted_fingerprints():
+        data = datasets.Dataset.from_dict({"sentence": TEXTS, "class": LABELS, "text": TEXTS})
+    mapping = {"sentence": "text", "class": "label"}
+    args = fastenc.SetFitTrainingArguments(max_steps=1, **QUIET)
+    trainer = fastenc.SetFitTrainer(
+        model_of(folder), args, data, data, column_mapping=mapping, metric="f1"
+    )
+    trainer.train()
+    assert set(trainer.evaluate()) == {"f1"}
+    rows = [{"text": t, "label": i} for t, i in zip(TEXTS, LABELS, strict=True)]
+    assert "accuracy" in train(model_of(folder), rows, max_steps=1).evaluate(rows)
+    with pytest.raises(ValueError, match=r"expected the columns \['text', 'label'\]"):
+        fastenc.SetFitTrainer(model_of(folder), args, {"sentence": TEXTS})
+    with pytest.raises(ValueError, match="one split"):
+        fastenc.SetFitTrainer(model_of(folder), args, datasets.DatasetDict({"train": data}))
+
+
+def test_metrics():
+    true, found = np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2])
+    assert compute("accuracy", found, true, {}) == {"accuracy": 0.75}
+    assert compute("f1", found, true, {"average": "macro"})["f1"] == pytest.approx(7 / 9)
+    assert compute(lambda p, t: {"wrong": int((p != t).sum())}, found, true, {}) == {"wrong": 1}
+    rows = np.array([[1, 0], [1, 1]]), np.array([[1, 0], [0, 1]])
+    assert compute("accuracy", *rows, {}) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("texts, labels, error", [
+    (TEXTS, [1] * 12, "at least 2 classes"),
+    (["", *TEXTS[1:]], LABELS, "empty text"),
+    ([None, *TEXTS[1:]], LABELS, "expected strings"),
+    (TEXTS, [*LABELS[1:], "x"], "one type"),
+    (TEXTS, [*LABELS[1:], None], "None at index 11"),
+    (TEXTS, LABELS[1:], "as many labels as texts"),
+    (TEXTS[:1], [1], "at least 2 classes"),
+])  # fmt: skip
+def test_bad_examples_are_told(folder, texts, labels, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        train(model_of(folder), {"text": texts, "label": labels})
+
+
+def test_fewer_examples_than_classes(folder):
+    model = model_of(folder, labels=["a", "b", "c"])
+    with pytest.raises(ValueError, match="an example of every label"):
+        train(model, {"text": TEXTS[5:7], "label": ["a", "b"]})
+
+
+def test_a_text_with_two_labels_is_warned_of(folder, caplog):
+    data = {"text": [*TEXTS, TEXTS[0]], "label": [*LABELS, 0]}
+    with caplog.at_level(logging.WARNING, "fastenc"):
+        train(model_of(folder), data, max_steps=1)
+    assert "occur with different labels" in caplog.text
+
+
+@pytest.mark.parametrize("given, error", [
+    ({"pairing": "pairs"}, "pairing"),
+    ({"sampling_strategy": "all"}, "sampling_strategy"),
+    ({"warmup_proportion": 1.5}, "warmup_proportion"),
+    ({"loss": "nothing"}, "loss"),
+    ({"load_best_model_at_end": True}, "same save_strategy"),
+    ({"early_stopping_patience": 2}, "eval_strategy"),
+    ({"batch_size": (16, 2, 1)}, "batch_size"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+])  # fmt: skip
+def test_bad_arguments_are_told(given, error):
+    with pytest.raises(ValueError, match=error):
+        fastenc.SetFitTrainingArguments(**given)
