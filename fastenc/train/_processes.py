@@ -39,12 +39,12 @@ def backward(
     """
     rank, processes = world()
     if processes == 1:
-        loss = loss_of(embed(rows))
+        loss = loss_of(_full(embed(rows)))
         (loss * scale).backward()
         return loss.detach()
     mine = np.arange(rank, len(rows), processes)
     gathered = like.new_zeros(len(rows), like.shape[0])
-    own = embed(rows[mine]) if len(mine) else None
+    own = _full(embed(rows[mine])) if len(mine) else None
     if own is not None:
         gathered[torch.from_numpy(mine).to(like.device)] = own.detach().to(like.dtype)
     distributed.all_reduce(gathered)
@@ -56,12 +56,26 @@ def backward(
     return loss.detach()
 
 
+def _full(embeddings: Tensor) -> Tensor:
+    """Losses are computed in float32 at least, whatever autocast gave."""
+    low = embeddings.dtype in (torch.bfloat16, torch.float16)
+    return embeddings.float() if low else embeddings
+
+
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up every process's gradients, one message for all of them."""
+    """Add up every process's gradients, one message for all of them.
+
+    A parameter without a gradient on any process keeps none: AdamW leaves it alone.
+    """
     if world()[1] == 1:
         return
     parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return
+    used = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    distributed.all_reduce(used)
+    parameters = [p for p, anywhere in zip(parameters, used.tolist(), strict=True) if anywhere]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
