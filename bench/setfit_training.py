@@ -146,21 +146,25 @@ def measure(row: Row, repeats: int, memory: bool) -> dict[str, Any]:
     return result
 
 
+def training(small: bool = False, repeats: int = 3) -> dict[str, Any]:
+    """{row: seconds, ratio, goal, peak MiB}; ``small``: the first row once, no memory."""
+    setfit_peer.quiet()
+    results = {}
+    for row in ROWS[:1] if small else ROWS:
+        # the longest row is steady: one pass over it keeps the run short
+        count = 1 if small or row.name == "block 6x64" else repeats
+        results[row.name] = measure(row, count, memory=not small)
+        print(f"{row.name:12} {results[row.name]}", flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="one repeat, the first row, no memory")
+    parser.add_argument("--small", action="store_true", help="the first row once, no memory")
     asked = parser.parse_args()
-    setfit_peer.quiet()
-    rows, repeats = (ROWS[:1], 1) if asked.small else (ROWS, asked.repeats)
-    results = {}
-    for row in rows:
-        # the long rows are stable: one pass over them keeps the run short
-        count = 1 if row.name == "block 6x64" else repeats
-        results[row.name] = measure(row, count, memory=not asked.small)
-        print(f"{row.name:12} {results[row.name]}", flush=True)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "rows": results}))
+    print(json.dumps({"machine": machine, "rows": training(asked.small, asked.repeats)}))
 
 
 if __name__ == "__main__":
