@@ -54,6 +54,7 @@ def test_real_weights(minilm):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(few, expected[:4], rtol=0, atol=1e-6)
     np.testing.assert_allclose(minilm.encode(TEXTS[0]), expected[0], rtol=0, atol=1e-6)
+    assert not minilm.training  # as transformers loads models: nothing to switch in each call
     assert minilm.dimension == 384 and minilm.max_seq_length == 256
 
 

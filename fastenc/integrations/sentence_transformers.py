@@ -67,7 +67,7 @@ class SentenceTransformer(st.SentenceTransformer):
                 device=device,
                 **kwargs,
             )
-        target = self._resolve_inference_device(device)
+        target = _target(self, device)
         if self.training:
             self.eval()
         whole = truncate_dim is None
@@ -81,6 +81,14 @@ class SentenceTransformer(st.SentenceTransformer):
             if normalize_embeddings:
                 out = nn.functional.normalize(out, dim=1)
         return out if save_to_cpu else out.to(target)
+
+
+def _target(model: nn.Module, device: Any) -> torch.device:
+    """Where to run. sentence-transformers compares every parameter's device in each call; that is
+    left out where no device was asked for."""
+    if device is None and not getattr(model, "_placement_is_delegated", False):
+        return model.device
+    return model._resolve_inference_device(device)
 
 
 def _body_of(model: st.SentenceTransformer) -> SentenceBody | str:
@@ -146,7 +154,7 @@ class CrossEncoder(st.CrossEncoder):
         device: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        target = self._resolve_inference_device(device)
+        target = _target(self, device)
         if self.training:
             self.eval()
         lengths = np.array([self._input_length(pair) for pair in inputs], dtype=np.int64)

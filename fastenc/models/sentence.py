@@ -52,6 +52,7 @@ class SentenceBody(nn.Module):
         self._pool_prompt = recipe.pool_prompt
         self._max_seq_length = recipe.max_length
         self._made: dict[Any, Any] = {}
+        self.train(self.model.training)
 
     @classmethod
     def from_folder(cls, source: str | os.PathLike) -> SentenceBody:
