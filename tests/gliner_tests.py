@@ -68,7 +68,7 @@ def their_model(backbone: str = "deberta-v2", seed: int = 0, encoder=None, label
     }  # fmt: skip
     extra = {}
     if labels is not None:
-        given |= {"labels_encoder": "none", "vocab_size": len(tok), "class_token_index": 0}
+        given["labels_encoder"] = "none"
         extra = {"labels_tokenizer": tokenizer()}
         given["labels_encoder_config"] = encoder_config(labels)
     kind = GLiNER._get_gliner_class(GLiNERConfig(**copy.deepcopy(given)))
@@ -90,7 +90,7 @@ def spread(model: torch.nn.Module, seed: int = 0) -> None:
             if p.dim() < 2:
                 p.add_(torch.randn(p.shape, generator=g) * 0.05)
             elif "token_rep_layer" not in name or "projection" in name:
-                p.copy_(torch.randn(p.shape, generator=g) * (1.6 / p.shape[1] ** 0.5))
+                p.copy_(torch.randn(p.shape, generator=g) * (1.2 / p.shape[1] ** 0.5))
             elif "embeddings" in name:
                 p.copy_(torch.randn(p.shape, generator=g))
             else:

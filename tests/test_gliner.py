@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import gliner_tests
 import pytest
@@ -10,6 +12,7 @@ import torch
 from model_tests import check_gradients
 
 import fastenc
+from fastenc.nn import VarlenBatch
 from fastenc.testing import assert_parity
 
 WORDS = [
@@ -29,10 +32,23 @@ def packed(model, words=WORDS, labels=LABELS):
     return model.words.batch(words, rows)
 
 
+def logits_of(model, words, labels):
+    """(logits, which of them exist)."""
+    if model.config.bi_encoder:
+        tokens = VarlenBatch.from_lists(model.labels_tokenizer(labels)["input_ids"])
+        batch = model.words.batch(words, None)
+        logits = model.logits(batch, model.embed_labels(tokens))
+    else:
+        batch = packed(model, words, labels)
+        logits = model.logits(batch)
+    if model.config.token_level:
+        return logits, torch.ones(batch.words, dtype=torch.bool)
+    return logits, batch.span_mask(model.config.max_width)
+
+
 def check(theirs, model, words=WORDS, labels=LABELS):
     """Logits on valid spans and every gradient, by the parity rule."""
-    batch = packed(model, words, labels)
-    valid = batch.span_mask(model.config.max_width)
+    ours, valid = logits_of(model, words, labels)
     exact_model = copy.deepcopy(theirs)
     exact_model.model.double()
 
@@ -52,7 +68,7 @@ def check(theirs, model, words=WORDS, labels=LABELS):
         gliner_tests.their_logits(exact_model, words, labels)[0],
         exact_model.model.named_parameters(),
     )
-    actual, grads = run(model.logits(batch), model.named_parameters())
+    actual, grads = run(ours, model.named_parameters())
     assert exact.std() > 0.1
     assert_parity("logits", actual, plain, exact)
     used = {n for n, g in exact_grads.items() if g is not None and g.abs().max() > 0}
@@ -68,3 +84,151 @@ def test_logits_and_gradients(backbone, tmp_path):
         check(theirs, gliner_tests.ours(theirs, tmp_path))
     assert ran.fallbacks == []
     assert ran.calls["span_score"]["cpu"] == 1
+
+
+KINDS = {
+    "marker": {"span_mode": "marker"},
+    "token level": {"span_mode": "token_level"},
+    "bi-encoder": {"labels": "bert"},
+    "bi-encoder, token level": {"labels": "bert", "span_mode": "token_level"},
+    "mean of subtokens": {"subtoken_pooling": "mean"},
+    "largest subtoken": {"subtoken_pooling": "max"},
+    "last subtoken, two LSTM layers": {"subtoken_pooling": "last", "num_rnn_layers": 2},
+    "projected, no LSTM": {"hidden_size": 16, "num_rnn_layers": 0},
+    "the label's own token": {"embed_ent_token": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind, tmp_path):
+    theirs = gliner_tests.their_model(**KINDS[kind])
+    check(theirs, gliner_tests.ours(theirs, tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["markerV1", "markerV2"])
+def test_context_is_the_text_alone(mode, tmp_path):
+    """gliner's V1 and V2 agree where no padding is in the batch."""
+    theirs = gliner_tests.their_model(span_mode=mode)
+    model = gliner_tests.ours(theirs, tmp_path)
+    for words in (WORDS[0], WORDS[2]):
+        check(theirs, model, [words])
+    together, alone = logits_of(model, WORDS, LABELS)[0], []
+    for words in WORDS:
+        alone.append(logits_of(model, [words], LABELS)[0])
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_seeded_and_bound_to_training(tmp_path):
+    model = gliner_tests.ours(gliner_tests.their_model(), tmp_path)
+    batch = packed(model)
+    with torch.no_grad():
+        first, second = model.logits(batch, seed=1), model.logits(batch, seed=2)
+        assert torch.equal(first, second)
+        model.train()
+        assert not torch.equal(model.logits(batch), first)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [{}, {"labels": "bert"}, {"span_mode": "token_level"}], ids=str)
+def test_gliner_loads_what_fastenc_saves(kind, tmp_path):
+    from gliner import GLiNER
+
+    theirs = gliner_tests.their_model(**kind)
+    model = gliner_tests.ours(theirs, tmp_path / "theirs", safe=False)
+    model.save_pretrained(tmp_path / "ours")
+    assert not [p for p in (tmp_path / "ours").iterdir() if p.name.startswith(".")]
+    back = GLiNER.from_pretrained(str(tmp_path / "ours"), strict=True)
+    for name, x in theirs.model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[name], x), name
+    again = fastenc.GLiNER.from_pretrained(tmp_path / "ours")
+    assert torch.equal(logits_of(again, WORDS, LABELS)[0], logits_of(model, WORDS, LABELS)[0])
+    text = "Marie Curie arbeitet in Paris"
+    assert len(back.predict_entities(text, LABELS, threshold=0.3)) == len(
+        again.predict_entities(text, LABELS, threshold=0.3)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("checkpoint")
+    gliner_tests.ours(gliner_tests.their_model(), made)
+    return made
+
+
+def changed(folder, tmp_path, **values):
+    """A copy of the checkpoint with other values in its configuration; None leaves a key out."""
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "gliner_config.json"
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return path.parent
+
+
+def test_unknown_keys_are_kept_and_said_missing_ones_defaulted(folder, tmp_path, caplog):
+    model = fastenc.GLiNER.from_pretrained(
+        changed(folder, tmp_path, lr_encoder=1e-5, max_types=None)
+    )
+    assert "lr_encoder" in caplog.text
+    assert model.config.extra["lr_encoder"] == 1e-5 and model.config.max_types == 25
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "gliner_config.json").read_text())["lr_encoder"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"max_width": "12"}, TypeError, "max_width: expected int"),
+        ({"max_width": 0}, ValueError, "max_width"),
+        ({"dropout": True}, TypeError, "dropout"),
+        ({"span_mode": "query"}, NotImplementedError, "markerV0"),
+        ({"subtoken_pooling": "median"}, NotImplementedError, "subtoken_pooling"),
+        ({"relations_layer": "dot"}, NotImplementedError, "relation extraction"),
+        ({"fuse_layers": True}, NotImplementedError, "fuse_layers"),
+        ({"encoder_config": {"model_type": "t5"}}, NotImplementedError, "deberta-v2"),
+        ({"hidden_size": 64}, ValueError, "misshaped keys"),
+        ({"span_mode": "markerV2"}, ValueError, "missing keys"),
+        ({"num_rnn_layers": 0}, ValueError, "unexpected keys: rnn"),
+        ({"ent_token": "<<NIL>>"}, ValueError, "<<NIL>>"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit(folder, tmp_path, values, error, words):
+    with pytest.raises(error, match=words):
+        fastenc.GLiNER.from_pretrained(changed(folder, tmp_path, **values))
+
+
+def test_files_that_are_none(folder, tmp_path):
+    path = changed(folder, tmp_path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither"):
+        fastenc.GLiNER.from_pretrained(path)
+    torch.save({"weight": Explosive()}, path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="tensors only"):
+        fastenc.GLiNER.from_pretrained(path)
+    assert not Explosive.ran
+    torch.save({"weight": [1, 2]}, path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="names to tensors"):
+        fastenc.GLiNER.from_pretrained(path)
+    (path / "pytorch_model.bin").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="tensors only"):
+        fastenc.GLiNER.from_pretrained(path)
+    (path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="safetensors"):
+        fastenc.GLiNER.from_pretrained(path)
+    (path / "gliner_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        fastenc.GLiNER.from_pretrained(path)
+    (path / "gliner_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="gliner_config"):
+        fastenc.GLiNER.from_pretrained(path)
+
+
+class Explosive:
+    """Sets a flag when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Explosive, "ran", True))

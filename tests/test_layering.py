@@ -34,7 +34,8 @@ LAYERS = {
         None,
     ),
     "fastenc.integrations": (
-        {"fastenc.ops", "fastenc.nn", "fastenc.models", "fastenc.encoder", "fastenc.sentence"},
+        {"fastenc._C", "fastenc.ops", "fastenc.nn", "fastenc.models", "fastenc.encoder",
+         "fastenc.sentence"},
         None,
     ),
     "fastenc.cli": (
@@ -43,6 +44,7 @@ LAYERS = {
         None,
     ),
     "fastenc.testing": ({"fastenc.ops"}, {"torch"}),
+    "fastenc._C": (set(), set()),
     "fastenc.triton_kernels": (set(), {"torch", "triton"}),
 }  # fmt: skip
 

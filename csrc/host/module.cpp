@@ -7,6 +7,7 @@
 
 #include "csrc/common/launch_counts.h"
 #include "csrc/common/simd_types.h"
+#include "csrc/host/entities.h"
 
 namespace {
 
@@ -26,4 +27,5 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_isa", [] { return fastenc::cpu::isa_name(fastenc::cpu::active_isa()); },
       "The instruction set in use: avx512, avx2 or portable.");
+  fastenc::host::define_entities(module);
 }

@@ -18,6 +18,7 @@ from fastenc.integrations import _on_import
 T = TypeVar("T")
 
 _HANDLERS = {
+    "gliner": "fastenc.integrations.gliner",
     "sentence_transformers": "fastenc.integrations.sentence_transformers",
     "setfit": "fastenc.integrations.setfit",
     "transformers": "fastenc.integrations.transformers",

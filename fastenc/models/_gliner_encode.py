@@ -43,7 +43,7 @@ def pool_words(hidden: Tensor, batch: GLiNERBatch, mode: str) -> Tensor:
             return hidden.index_select(0, rows)
         taken = hidden.index_select(0, rows.clamp(0, max(hidden.shape[0] - 1, 0)))
         return taken.masked_fill((batch.word_ends < batch.word_rows).unsqueeze(1), 0.0)
-    counts = (batch.word_ends - batch.word_rows + 1).cpu()
+    counts = (batch.word_ends - batch.word_rows + 1).clamp(min=0).cpu()
     edges = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     total = int(edges[-1])
     shift = (batch.word_rows.cpu() - edges[:-1]).repeat_interleave(counts, output_size=total)

@@ -152,9 +152,10 @@ def _complete(config: GLiNERConfig, tokenizer: Any, weights: dict[str, Tensor], 
     )  # fmt: skip
     if rows is None:
         raise ValueError(f"{folder}: the weights hold no word embeddings under {_EMBEDDINGS}")
-    config.vocab_size = config.encoder_config.vocab_size = rows
+    config.encoder_config.vocab_size = rows
     if config.bi_encoder:
         return
+    config.vocab_size = rows
     marker = tokenizer.convert_tokens_to_ids(config.ent_token)
     if marker is None or marker == tokenizer.unk_token_id:
         raise ValueError(f"{folder}: the tokenizer does not know the marker {config.ent_token!r}")

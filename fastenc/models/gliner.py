@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastenc.models._gliner_api import EntityApi
 from fastenc.models._gliner_batch import GLiNERBatch, WordTokenizer
 from fastenc.models._gliner_config import BACKBONES, GLiNERConfig
 from fastenc.models._gliner_encode import encode_labels, word_representations
@@ -28,6 +29,10 @@ from fastenc.models._gliner_heads import (
     span_logits,
     token_logits,
 )
+from fastenc.models._gliner_html import to_html
+from fastenc.nn import VarlenBatch
+
+__all__ = ["GLiNER", "GLiNERBatch", "GLiNERConfig", "to_html"]
 
 
 class _Transformer(nn.Module):
@@ -60,8 +65,8 @@ class _LSTM(nn.Module):
         self.lstm = nn.LSTM(hidden, hidden // 2, layers, bidirectional=True, batch_first=True)
 
 
-class GLiNER(nn.Module):
-    """A GLiNER model with gliner's parameter names.
+class GLiNER(EntityApi, nn.Module):
+    """A GLiNER model with gliner's parameter names, files and methods.
 
     Args:
         config: with ``encoder_config`` (and ``labels_encoder_config`` for a bi-encoder).
@@ -154,23 +159,31 @@ class GLiNER(nn.Module):
     forward = logits
 
     def candidates(
-        self, batch: GLiNERBatch, threshold: float, labels_embeds: Tensor | None = None
+        self,
+        batch: GLiNERBatch,
+        threshold: float,
+        labels_embeds: Tensor | None = None,
+        label_mask: Tensor | None = None,
     ) -> Hits:
         """Of a span model, the spans whose probability exceeds ``threshold``; no gradient.
+
+        Args:
+            batch, labels_embeds: as :meth:`logits` takes them.
+            label_mask: (num_seqs, C) bool, which of a bi-encoder's labels a sequence has.
 
         Returns:
             word, width, label (int64), score (float32), 1-D each, in that order: the span is the
             packed words ``word`` to ``word + width``.
         """
         words, prompts = self._represent(batch, labels_embeds)
-        mask = batch.label_mask if len(set(batch.num_labels)) > 1 else None
+        mask = batch.label_mask if len(set(batch.num_labels)) > 1 else label_mask
         layer = self.span_rep_layer.span_rep_layer
         prompts = self.prompt_rep_layer(prompts)
         return span_hits(layer, words, prompts, self.config.max_width, threshold, mask)
 
-    def embed_labels(self, batch: GLiNERBatch) -> Tensor:
-        """(num_seqs, D): a bi-encoder's embedding of each sequence, a label."""
-        return encode_labels(self.token_rep_layer, batch.tokens)
+    def embed_labels(self, tokens: VarlenBatch) -> Tensor:
+        """(num_seqs, D): a bi-encoder's embedding of each packed label; differentiable."""
+        return encode_labels(self.token_rep_layer, tokens)
 
     def _represent(self, batch: GLiNERBatch, labels_embeds: Tensor | None):
         words, prompts = word_representations(self, batch)

@@ -1,0 +1,146 @@
+"""accelerate on live models of the gliner package: same numbers, nothing slow left, all undone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import gliner_tests
+import pytest
+import torch
+from model_tests import check_gradients
+from test_gliner import LABELS, WORDS
+from test_gliner_predict import same, texts
+
+import fastenc
+from fastenc.testing import assert_parity
+
+KINDS = {
+    "span": {},
+    "token": {"span_mode": "token_level"},
+    "bi-encoder": {"labels": "bert"},
+    "modernbert": {"backbone": "modernbert"},
+    "mean of subtokens": {"subtoken_pooling": "mean"},
+    "last subtoken": {"subtoken_pooling": "last", "num_rnn_layers": 2},
+    "projected": {"hidden_size": 16},
+    "label words": {"embed_ent_token": False, "num_rnn_layers": 0},
+    "marker": {"span_mode": "marker"},
+}
+ROWS = [LABELS[:3], LABELS, ["one"], LABELS[1:]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labels", [LABELS, ROWS], ids=["shared", "of each text"])
+def test_logits(kind, labels):
+    plain = gliner_tests.their_model(**KINDS[kind])
+    fast = fastenc.accelerate(copy.deepcopy(plain))
+    exact = copy.deepcopy(plain)
+    exact.model.double()
+    batch = gliner_tests.collated(plain, WORDS, labels)
+    with torch.no_grad(), fastenc.record() as ran:
+        outputs = [m.model(**batch) for m in (fast, plain, exact)]
+    assert ran.fallbacks == []
+    for name in ("logits", "prompts_embedding", "words_embedding"):
+        triple = [getattr(out, name) for out in outputs]
+        if name == "logits" and kind == "token":
+            triple = [x[outputs[1].mask] for x in triple]
+        if name == "prompts_embedding":
+            triple = [x[outputs[1].prompts_embedding_mask.bool()] for x in triple]
+        if name == "logits" and labels is ROWS:
+            seen = outputs[1].prompts_embedding_mask.bool()
+            triple = [
+                torch.cat([x[i].movedim(-1 if kind != "token" else 1, 0)[seen[i]].flatten()
+                           for i in range(len(WORDS))])
+                for x in ([out.logits for out in outputs] if kind != "token" else
+                          [out.logits * out.mask[..., None, None] for out in outputs])
+            ]  # fmt: skip
+        assert_parity(name, *triple)
+    for name in ("mask", "prompts_embedding_mask"):
+        assert torch.equal(getattr(outputs[0], name), getattr(outputs[1], name))
+
+
+@pytest.mark.parametrize("kind", ["span", "token", "bi-encoder"])
+def test_loss_and_gradients(kind):
+    plain = gliner_tests.their_model(dropout=0.0, **KINDS[kind])
+    rows = [
+        {"tokenized_text": words, "ner": [[0, min(1, len(words) - 1), "person"]]} for words in WORDS
+    ]
+    collator = plain.data_collator_class(plain.config, data_processor=plain.data_processor)
+    batch = collator(rows, entity_types=[LABELS] * len(rows))
+    parts = [collator([row], entity_types=[LABELS]) for row in rows]
+    settings = [{"alpha": a, "gamma": c} for a in (-1.0, 0.75) for c in (0.0, 2.0)]
+    exact = copy.deepcopy(plain)
+    exact.model.double()
+    losses, gradients = [], []
+    for model in (fastenc.accelerate(copy.deepcopy(plain)), plain, exact):
+        with torch.no_grad():
+            found = [model.model(**part, **s).loss for part in (*parts, batch) for s in settings]
+        losses.append(torch.stack(found))
+        model.model(**batch, alpha=0.75, gamma=2.0).loss.backward()
+        gradients.append(
+            {n: p.grad for n, p in model.model.named_parameters() if p.grad is not None}
+        )
+    scale = losses[2].abs()  # each loss counts alike, the worst of them is compared
+    assert_parity("losses", losses[0] / scale.float(), losses[1] / scale.float(), losses[2] / scale)
+    used = {n for n, g in gradients[2].items() if g.abs().max() > 0}
+    check_gradients(*({n: found[n] for n in used} for found in gradients))
+
+
+@pytest.mark.parametrize("kind", ["span", "token", "bi-encoder"])
+@pytest.mark.parametrize("options", [{}, {"flat_ner": False, "multi_label": True}], ids=str)
+def test_entities(kind, options):
+    model = gliner_tests.their_model(**KINDS[kind])
+    options = {"threshold": 0.9 if kind != "token" else 0.5, "batch_size": 8, **options}
+    asked = [text[:400] for text in texts(60, seed=3)]
+    expected = model.inference(asked, LABELS, **options)
+    names = [n for n, _ in model.named_parameters()]
+    classes = [type(x) for x in (model, model.model, model.decoder, model.data_processor)]
+    assert fastenc.accelerate(fastenc.accelerate(model)) is model
+    assert [n for n, _ in model.named_parameters()] == names
+    with fastenc.record() as ran:
+        same(model.inference(asked, LABELS, **options), expected)
+    op = {"span": "span_score", "token": "token_score", "bi-encoder": "span_score"}[kind]
+    assert ran.fallbacks == [] and ran.calls[op]["cpu"] >= 1
+    same(pickle.loads(pickle.dumps(model)).inference(asked[:9], LABELS, **options), expected[:9])
+    fastenc.restore(model)
+    assert [type(x) for x in (model, model.model, model.decoder, model.data_processor)] == classes
+    with fastenc.record() as ran:
+        same(model.inference(asked[:20], LABELS, **options), expected[:20])
+    assert ran.calls == {}
+
+
+def test_dummy_spans_are_gliners():
+    model = gliner_tests.their_model()
+    rows = [{"tokenized_text": w, "ner": None} for w in WORDS]
+    marked = [{"tokenized_text": WORDS[0], "ner": [[0, 1, "person"], [2, 99, "city"]]}]
+    types = [LABELS] * len(WORDS)
+    before = [model.data_processor.collate_raw_batch(*x) for x in ((rows, types), (marked, types))]
+    fastenc.accelerate(model)
+    after = [model.data_processor.collate_raw_batch(*x) for x in ((rows, types), (marked, types))]
+    for a, b in zip(before, after, strict=True):
+        for name in ("span_idx", "span_label", "span_mask", "seq_length"):
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_what_the_packed_forward_does_not_do_is_said_and_runs():
+    model = gliner_tests.their_model(span_mode="query")
+    expected = model.predict_entities("Marie Curie", LABELS, threshold=0.3)
+    fastenc.accelerate(model)
+    with fastenc.record() as ran:
+        same([model.predict_entities("Marie Curie", LABELS, threshold=0.3)], [expected])
+    assert len(ran.fallbacks) == 1 and "query" in ran.fallbacks[0]
+    model = fastenc.accelerate(gliner_tests.their_model())
+    with fastenc.record() as ran:
+        found = model.predict_entities("Marie Curie", LABELS, threshold=0.0, return_vectors=True)
+    assert "vector" in found[0] and "return_vectors" in ran.fallbacks[0]
+
+
+def test_prepack_and_the_options_of_the_decoder():
+    model = gliner_tests.their_model()
+    asked, options = ["Marie Curie in Paris", "x y z"], {"threshold": 0.2}
+    extra = {"return_class_probs": True, "input_spans": [[{"start": 0, "end": 11}], []]}
+    expected = [model.inference(asked, LABELS, **options, **extra),
+                model.inference(asked, [["a", "b"], ["c"]], **options)]  # fmt: skip
+    fastenc.accelerate(model, prepack=True)
+    same(model.inference(asked, LABELS, **options, **extra), expected[0])
+    same(model.inference(asked, [["a", "b"], ["c"]], **options), expected[1])
