@@ -1,9 +1,10 @@
 """``python -m bench.gpu``: build, test and time everything on this machine's GPU in nine minutes.
 
 Builds the CUDA library where nvcc is, runs ``pytest -m gpu``, times every op forward and backward
-and ModernBERT end to end beside their floors and peers, runs the CPU kernels' tests, and writes one
-JSON to bench/results/<machine>/<date>-<commit>.json. Without a GPU it runs at toy size in Triton's
-interpreter and writes to a temporary folder, unless --out names a file.
+and ModernBERT, GLiNER, SetFit and embedding end to end beside their floors and peers, runs the CPU
+kernels' tests, and writes one JSON to bench/results/<machine>/<date>-<commit>.json. Without a GPU
+it runs at toy size in Triton's interpreter and writes to a temporary folder, unless --out names a
+file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SECONDS = 525.0
 # What each part may take of the whole, in the order in which they run; the rest is imports.
 SHARES = {
     "build": 0.23, "gpu tests": 0.26, "ops": 0.24, "models": 0.11, "training": 0.04,
-    "embedding": 0.02, "gliner": 0.02, "cpu tests": 0.06,
+    "embedding": 0.02, "gliner": 0.02, "setfit": 0.02, "cpu tests": 0.05,
 }  # fmt: skip
 CPU_TESTS = (
     "tests/test_geglu.py", "tests/test_rope.py", "tests/test_add_layer_norm.py",
@@ -131,7 +132,15 @@ def main(arguments: list[str] | None = None) -> Path:
         print(f"build: {result['build']['status']}", flush=True)
 
     import fastenc
-    from bench import gpu_embedding, gpu_gliner, gpu_models, gpu_ops, gpu_training, measure
+    from bench import (
+        gpu_embedding,
+        gpu_gliner,
+        gpu_models,
+        gpu_ops,
+        gpu_setfit,
+        gpu_training,
+        measure,
+    )
     from bench.gpu_timing import Deadline, ceilings
 
     result |= {
@@ -148,6 +157,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "training": lambda seconds: gpu_training.measure(result["ceilings"], Deadline(seconds)),
         "embedding": lambda seconds: gpu_embedding.measure(result["ceilings"], Deadline(seconds)),
         "gliner": lambda seconds: gpu_gliner.measure(result["ceilings"], Deadline(seconds)),
+        "setfit": lambda seconds: gpu_setfit.measure(result["ceilings"], Deadline(seconds)),
         "cpu tests": lambda seconds: cpu_tests(seconds, has_gpu),
     }
     for name, step in steps.items():

@@ -38,3 +38,5 @@ def test_whole_benchmark_at_toy_size(tmp_path, monkeypatch):
     assert losses and all(abs(a - b) < 0.05 * abs(b) for a, b in losses)
     for run in result["embedding"][0]["runs"].values():
         assert run["difference"] < 1e-5
+    for run in result["setfit"][0]["runs"].values():
+        assert run["seconds"] > 0, run
