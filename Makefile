@@ -66,6 +66,7 @@ gates: $(VENV)/.test
 
 accuracy: $(VENV)/.test
 	$(PY) -m bench.accuracy_setfit
+	$(PY) -m bench.accuracy_gliner
 
 clean:
 	rm -rf build dist *.egg-info fastenc/_C*.so fastenc/_cuda*.so

@@ -61,6 +61,8 @@ def stale(name: str, root: Path = ROOT) -> str | None:
     if not path.is_file():
         return f"{path.relative_to(root)} is missing: make accuracy"
     sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
-    if hash_of(sources["patterns"], root) != sources["sha256"]:
-        return f"{path.relative_to(root)} is of other sources: make accuracy"
-    return None
+    try:
+        same = hash_of(sources["patterns"], root) == sources["sha256"]
+    except FileNotFoundError:
+        same = False
+    return None if same else f"{path.relative_to(root)} is of other sources: make accuracy"

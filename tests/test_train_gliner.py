@@ -212,8 +212,10 @@ def test_out_of_memory_splits_the_batch_and_says_so(where, reduction, tmp_path, 
     assert sizes == [8, 4, 2, 2, 4, 2, 2] * 2
     assert "out of memory on a batch of 8 texts" in caplog.text and "in halves" in caplog.text
     torch.testing.assert_close(loss, expected)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(split[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+        allowed = 1e-4 * float(gradient.abs().max()) + 1e-6 * largest
+        torch.testing.assert_close(split[name], gradient, atol=allowed, rtol=0, msg=name)
 
 
 def test_one_example_that_does_not_fit_is_an_error(tmp_path, caplog):

@@ -33,6 +33,7 @@ from fastenc.train._gliner_data import (
     TypeSampling,
     check_example,
 )
+from fastenc.train._gliner_decode import entities_in_words
 
 __all__ = ["GLiNERTrainer", "GLiNERTrainingArguments"]
 log = logging.getLogger("fastenc")
@@ -285,8 +286,6 @@ class GLiNERTrainer(transformers.Trainer):
         ignore_keys: Any = None, metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
         """Loss and scores of a dataset; every example counts once over all processes."""
-        from fastenc.models._gliner_words import entities_in_words
-
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         if not self.is_in_train:
             model = model.to(self.args.device)
@@ -301,7 +300,7 @@ class GLiNERTrainer(transformers.Trainer):
             loss += found_loss * (len(data.examples) if self.args.loss_reduction == "mean" else 1)
             texts += len(data.examples)
             found = entities_in_words(
-                logits, data.batch, [len(e.types) for e in data.examples],
+                logits, data.batch.word_lengths, [len(e.types) for e in data.examples],
                 self.model.config.token_level, self.args.eval_threshold,
             )  # fmt: skip
             for example, entities in zip(data.examples, found, strict=True):
