@@ -157,23 +157,37 @@ def test_other_losses_of_sequence_classification(labels, problem):
     torch.testing.assert_close(accelerated(**inputs).loss, reference(**inputs).loss)
 
 
-def test_masked_lm_decodes_real_tokens_only():
-    model = fastenc.accelerate(model_of("ModernBertForMaskedLM"))
+MASKED_LM = [name for name in NAMES if name.endswith(("MaskedLM", "PreTraining"))]
+
+
+@pytest.mark.parametrize("name", MASKED_LM)
+def test_masked_lm_decodes_real_tokens_only(name):
+    model = fastenc.accelerate(model_of(name))
+    key = "prediction_logits" if name.endswith("PreTraining") else "logits"
     rows = []
-    model.decoder.register_forward_hook(lambda m, args, out: rows.append(out.shape[0]))
-    inputs = inputs_of("ModernBertForMaskedLM")
-    logits = model(**inputs).logits
-    model.sparse_prediction = True
+    model.get_output_embeddings().register_forward_hook(
+        lambda m, args, out: rows.append(out.numel() // out.shape[-1])
+    )
+    inputs = inputs_of(name)
+    full = model(**inputs)
+    model.config.sparse_prediction = True
     sparse = model(**inputs)
     labelled = inputs["labels"] != -100
     assert rows == [37, int(labelled.sum())]
-    assert (logits[inputs["attention_mask"] == 0] == 0).all()
-    torch.testing.assert_close(sparse.logits, logits[labelled])
-    torch.testing.assert_close(sparse.loss, model(**inputs).loss)
+    assert (full[key][inputs["attention_mask"] == 0] == 0).all()
+    torch.testing.assert_close(sparse[key], full[key][labelled])
+    torch.testing.assert_close(sparse.loss, full.loss)
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+    without = {k: x for k, x in inputs.items() if "label" not in k}
+    torch.testing.assert_close(model(**without)[key], full[key])
+    positional = model(inputs["input_ids"], inputs["attention_mask"])
+    torch.testing.assert_close(positional[key], full[key])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("name", ["ModernBertForMaskedLM", "BertForTokenClassification"])
+@pytest.mark.parametrize(
+    "name", ["ModernBertForMaskedLM", "BertForMaskedLM", "BertForTokenClassification"]
+)
 def test_labels_in_the_padding_count_as_in_transformers(name, sparse):
     reference = model_of(name)
     reference.sparse_prediction = sparse

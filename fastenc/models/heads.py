@@ -1,8 +1,8 @@
 """Models with heads: transformers' classes, losses, outputs and weights over packed layers.
 
 A head computes what transformers computes from padded hidden states, with two exceptions: one that
-reads the first token gets the first *real* token under any padding, and ModernBERT's
-masked-language-model decoder runs on real tokens only. Padding holds zeros; where a loss would
+reads the first token gets the first *real* token under any padding, and a masked-language-model
+decoder runs on real tokens only. Padding holds zeros; where a loss would
 read it (answer positions over all columns, labels in the padding), transformers' own forward runs.
 """
 
@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as bert
@@ -97,17 +98,13 @@ ModernBertForQuestionAnswering = _packed_head(
 )
 ModernBertForMultipleChoice = _packed_head(modernbert.ModernBertForMultipleChoice, None)
 
-BertForPreTraining = _packed_head(bert.BertForPreTraining, _token_labels)
-BertForMaskedLM = _packed_head(bert.BertForMaskedLM, _token_labels)
 BertForTokenClassification = _packed_head(bert.BertForTokenClassification, _token_labels)
 BertForQuestionAnswering = _packed_head(bert.BertForQuestionAnswering, _answer_positions)
 
-RobertaForMaskedLM = _packed_head(roberta.RobertaForMaskedLM, _token_labels)
 RobertaForSequenceClassification = _packed_head(roberta.RobertaForSequenceClassification, _first)
 RobertaForTokenClassification = _packed_head(roberta.RobertaForTokenClassification, _token_labels)
 RobertaForQuestionAnswering = _packed_head(roberta.RobertaForQuestionAnswering, _answer_positions)
 
-XLMRobertaForMaskedLM = _packed_head(xlm_roberta.XLMRobertaForMaskedLM, _token_labels)
 XLMRobertaForSequenceClassification = _packed_head(
     xlm_roberta.XLMRobertaForSequenceClassification, _first
 )
@@ -119,50 +116,105 @@ XLMRobertaForQuestionAnswering = _packed_head(
 )
 
 
-class ModernBertForMaskedLM(WritesBothFormats, PackedHead, modernbert.ModernBertForMaskedLM):
-    """transformers' ModernBertForMaskedLM, its decoder on real tokens only.
+# ---- masked-language-model heads: the decoder on packed rows -------------------------------------
 
-    Logits are zeros in the padding. With ``config.sparse_prediction`` and labels the decoder runs
-    where labels are, and ``logits`` are (labels given, vocabulary), as in transformers.
-    """
+
+def _modernbert_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
+    return {"logits": model.decoder(model.head(hidden))}
+
+
+def _bert_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
+    return {"logits": model.cls(hidden)}
+
+
+def _roberta_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
+    return {"logits": model.lm_head(hidden)}
+
+
+def _pretraining_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
+    tokens, sentences = model.cls(hidden, outputs.pooler_output)
+    return {"prediction_logits": tokens, "seq_relationship_logits": sentences}
+
+
+def _modernbert_loss(model, scores: dict[str, Tensor], given: dict[str, Any]) -> Tensor | None:
+    rest = {k: x for k, x in given.items() if k not in _INPUTS}
+    size = model.config.vocab_size
+    return model.loss_function(scores["logits"], given["labels"], vocab_size=size, **rest)
+
+
+def _bert_loss(model, scores: dict[str, Tensor], given: dict[str, Any]) -> Tensor | None:
+    return F.cross_entropy(scores["logits"], given["labels"])
+
+
+def _pretraining_loss(model, scores: dict[str, Tensor], given: dict[str, Any]) -> Tensor | None:
+    sentences = given.get("next_sentence_label")
+    if sentences is None:
+        return None
+    tokens = F.cross_entropy(scores["prediction_logits"], given["labels"])
+    return tokens + F.cross_entropy(scores["seq_relationship_logits"], sentences.view(-1))
+
+
+_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels"})
+_NEEDLESS = frozenset({"labels", "next_sentence_label"})  # for the base model
+
+
+def _masked_lm(theirs: type, output: type, scores_of: Callable, loss_of: Callable) -> type:
+    """fastenc's subclass of ``theirs``, its decoder on real tokens, or on labelled ones only."""
+    names = [*inspect.signature(theirs.forward).parameters][1:]
 
     @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs,
-    ):
-        """As transformers' forward; ``labels`` (rows, columns), -100 where none is."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        if not isinstance(self.model, PackedModel):
-            return super().forward(**inputs, labels=labels, **kwargs)
-        if _token_labels(self, {"labels": labels, "attention_mask": attention_mask}) != "padded":
-            return super().forward(
-                **inputs, labels=labels, fastenc_hidden_as="everywhere", **kwargs
-            )
-        outputs = self.model(**inputs, **kwargs, fastenc_hidden_as="packed", return_dict=True)
+    @functools.wraps(theirs.forward)
+    def forward(self, *args, **kwargs):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not isinstance(self.base_model, PackedModel):
+            return theirs.forward(self, **given)
+        if _token_labels(self, given) != "padded":
+            return theirs.forward(self, **given, fastenc_hidden_as="everywhere")
+        inputs = {name: x for name, x in given.items() if name not in _NEEDLESS}
+        outputs = self.base_model(**inputs, fastenc_hidden_as="packed", return_dict=True)
         batch, hidden = outputs.varlen_batch, outputs.last_hidden_state
-        labels = None if labels is None else batch.pack(labels)
-        sparse = self.sparse_prediction and labels is not None
-        if sparse:
-            given = labels != self.sparse_pred_ignore_index
-            hidden, labels = hidden[given], labels[given]
-        logits = self.decoder(self.head(hidden))
-        loss = None
+        labels = given.get("labels")
+        sparse = labels is not None and getattr(self.config, "sparse_prediction", False)
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
+            labels = batch.pack(labels.to(hidden.device))
+        if sparse:
+            chosen = labels != getattr(self.config, "sparse_pred_ignore_index", -100)
+            hidden, labels = hidden[chosen], labels[chosen]
+        scores = scores_of(self, hidden, outputs)
+        loss = None if labels is None else loss_of(self, scores, given | {"labels": labels})
+        if not sparse:
+            first = next(iter(scores))
+            scores[first] = batch.pad(scores[first])
+        return output(
             loss=loss,
-            logits=logits if sparse else batch.pad(logits),
+            **scores,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    members = {
+        "__module__": __name__,
+        "__doc__": f"""transformers' {theirs.__name__}, its decoder on real tokens only.
+
+    Logits are zeros in the padding. With ``config.sparse_prediction`` and labels the decoder runs
+    where labels are, and the logits are (labels given, vocabulary), as in transformers' ModernBERT.
+    """,
+        "forward": forward,
+    }
+    mixins = (WritesBothFormats, PackedHead) if theirs.__module__ == modernbert.__name__ else ()
+    return type(theirs.__name__, (*(mixins or (PackedHead,)), theirs), members)
+
+
+ModernBertForMaskedLM = _masked_lm(
+    modernbert.ModernBertForMaskedLM, MaskedLMOutput, _modernbert_scores, _modernbert_loss
+)
+BertForMaskedLM = _masked_lm(bert.BertForMaskedLM, MaskedLMOutput, _bert_scores, _bert_loss)
+BertForPreTraining = _masked_lm(
+    bert.BertForPreTraining, bert.BertForPreTrainingOutput, _pretraining_scores, _pretraining_loss
+)
+RobertaForMaskedLM = _masked_lm(
+    roberta.RobertaForMaskedLM, MaskedLMOutput, _roberta_scores, _bert_loss
+)
+XLMRobertaForMaskedLM = _masked_lm(
+    xlm_roberta.XLMRobertaForMaskedLM, MaskedLMOutput, _roberta_scores, _bert_loss
+)
