@@ -86,6 +86,16 @@ def test_logits_and_gradients(backbone, tmp_path):
     assert ran.calls["span_score"]["cpu"] == 1
 
 
+@pytest.mark.parametrize("hidden", [512, 768])
+def test_the_shape_of_deberta_v3(hidden, tmp_path):
+    shape = {
+        "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+        "position_buckets": 256, "max_position_embeddings": 512, "num_hidden_layers": 1,
+    }  # fmt: skip
+    theirs = gliner_tests.their_model(encoder=shape, hidden_size=hidden, max_width=12, dropout=0.4)
+    check(theirs, gliner_tests.ours(theirs, tmp_path), [WORDS[0] * 4, WORDS[2]])
+
+
 KINDS = {
     "marker": {"span_mode": "marker"},
     "token level": {"span_mode": "token_level"},
