@@ -27,14 +27,18 @@ class Sass:
     code: list[tuple[int, str]] = field(default_factory=list)
 
     def loops(self) -> list[list[str]]:
-        """Bodies of the backward branches, longest first."""
+        """Bodies of the backward branches, longest first.
+
+        Waits that take long lie behind the end of the kernel and branch back into it: no loops.
+        """
         spans = []
         for at, text in self.code:
             target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
             if target and int(target[1], 16) < at:
                 spans.append((int(target[1], 16), at))
         spans.sort(key=lambda span: span[0] - span[1])
-        return [[text for at, text in self.code if a <= at <= b] for a, b in spans]
+        bodies = [[text for at, text in self.code if a <= at <= b] for a, b in spans]
+        return [body for body in bodies if "EXIT" not in body]
 
 
 def _setup():

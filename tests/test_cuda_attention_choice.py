@@ -82,7 +82,7 @@ def test_the_global_kernel_serves_unlimited_windows(lib):
         for head_dim in (32, 64, 128):
             assert lib.choose(case(head_dim=head_dim, **unlimited), 0.1) == GLOBAL
             assert lib.choose(case(head_dim=head_dim, capability=120, **unlimited), 0.1) == GENERAL
-            assert lib.choose_bwd(case(head_dim=head_dim, **unlimited)) == GENERAL
+            assert lib.choose_bwd(case(head_dim=head_dim, **unlimited)) == GLOBAL
     assert lib.choose(case(left=4094, right=-1), 0.1) == GENERAL
 
 
@@ -101,3 +101,5 @@ def test_the_backward_serves_what_fits_into_shared_memory(lib):
     assert lib.choose_bwd(case()) == lib.choose_bwd(case(head_dim=32, left=128)) == LOCAL
     for changed in ({"left": 65}, {"head_dim": 128}, {"capability": 80}, {"dropout": 1}):
         assert lib.choose_bwd(case(**changed)) == GENERAL
+    short = case(head_dim=128, left=-1, right=-1, max_seqlen=60)
+    assert lib.choose(short, 0.1) == LOCAL and lib.choose_bwd(short) == GLOBAL

@@ -115,6 +115,22 @@ struct GlobalShape {
   static constexpr int kBytes = kTile + 16;
 };
 
+// Backward: 128 rows stay, blocks of 64 stream by.
+template <int kHeadDim>
+struct GlobalGradShape {
+  static constexpr int kGroups = 2;
+  static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
+  static constexpr int kRows = kGroups * kGroupRows;
+  static constexpr int kBlock = kBoxRows;
+  static constexpr int kStages = 3;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStay1 = 0, kStay2 = kRows * kHeadDim * 2, kStream1 = 2 * kStay2;
+  static constexpr int kStream2 = kStream1 + kStages * kBlock * kHeadDim * 2;
+  static constexpr int kBarriers = kStream2 + kStages * kBlock * kHeadDim * 2;
+  static constexpr int kTile = kBarriers + (2 + 2 * kStages) * 8;
+  static constexpr int kBytes = kTile + 16;
+};
+
 // Heads that one block walks: all of them, unless that leaves SMs idle.
 constexpr int heads_per_block(int64_t slots, int heads, int64_t resident) {
   const int64_t parts = slots > 0 ? ceil_div(2 * resident, slots) : 1;

@@ -9,7 +9,7 @@ namespace fastenc {
 enum class AttentionKernel {
   kGeneral,     // csrc/cuda/varlen_attention.cu: sm_80 and up, every case
   kLocalSm90,   // csrc/cuda/local_attention_sm90.cu, local_attention_bwd_sm90.cu
-  kGlobalSm90,  // csrc/cuda/global_attention_sm90.cu, forward only
+  kGlobalSm90,  // csrc/cuda/global_attention_sm90.cu, global_attention_bwd_sm90.cu
 };
 
 struct AttentionCase {
@@ -61,12 +61,14 @@ constexpr AttentionKernel choose_attention(const AttentionCase& c) {
                               : AttentionKernel::kGeneral;
 }
 
-// Four tiles and their halo have to fit into shared memory.
 constexpr AttentionKernel choose_attention_bwd(const AttentionCase& c) {
+  // Four tiles and their halo have to fit into shared memory.
   const int64_t reach = local_reach(c);
-  const bool fits = c.head_dim == 32 || (c.head_dim == 64 && reach == 64);
-  return hopper_serves(c) && reach > 0 && fits ? AttentionKernel::kLocalSm90
-                                               : AttentionKernel::kGeneral;
+  const bool fits = reach > 0 && (c.head_dim == 32 || (c.head_dim == 64 && reach == 64));
+  return !hopper_serves(c)    ? AttentionKernel::kGeneral
+         : fits               ? AttentionKernel::kLocalSm90
+         : sees_everything(c) ? AttentionKernel::kGlobalSm90
+                              : AttentionKernel::kGeneral;
 }
 
 }  // namespace fastenc

@@ -65,4 +65,9 @@ void local_attention_sm90_bwd(const Launcher& launcher, const AttentionCall& cal
 void global_attention_sm90_fwd(const Launcher& launcher, const AttentionCall& call,
                                const Tensor& like);
 
+// Needs choose_attention_bwd(attention_case(...)) == kGlobalSm90, of aligned gradients, and
+// `delta`.
+void global_attention_sm90_bwd(const Launcher& launcher, const AttentionCall& call,
+                               const AttentionGradArgs& grads, const Tensor& like);
+
 }  // namespace fastenc::cuda

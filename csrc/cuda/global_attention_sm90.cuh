@@ -58,10 +58,11 @@ __global__ __launch_bounds__(kOrderThreads) void attention_order_sm90(const int3
   }
 }
 
-// Rotated keys, (total_tokens, heads, head_dim) contiguous: each is read by every tile of queries.
+// Rotated rows, (total_tokens, heads, head_dim) contiguous: each is read by every tile of the other
+// side.
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kRotateThreads) void rotate_keys_sm90(
-    const __grid_constant__ AttentionArgs args, T* out) {
+__global__ __launch_bounds__(kRotateThreads) void rotate_rows_sm90(
+    const __grid_constant__ AttentionArgs args, HeadRows from, T* out) {
   constexpr int kChunks = kHeadDim / 16;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kRotateThreads + threadIdx.x;
   const int64_t row = item / kChunks, token = row / args.heads;
@@ -71,8 +72,8 @@ __global__ __launch_bounds__(kRotateThreads) void rotate_keys_sm90(
   const int chunk = static_cast<int>(item % kChunks), head = static_cast<int>(row % args.heads);
   const int64_t seq = find_sequence(args.cu_seqlens, args.num_seqs, token);
   const int64_t at = (token - args.cu_seqlens[seq]) * (kHeadDim / 2) + chunk * 8;
-  const T* key = args.k.at<T>(token, head) + chunk * 8;
-  rotate_chunk(key, key + kHeadDim / 2, out + row * kHeadDim + chunk * 8,
+  const T* x = from.at<T>(token, head) + chunk * 8;
+  rotate_chunk(x, x + kHeadDim / 2, out + row * kHeadDim + chunk * 8,
                out + row * kHeadDim + kHeadDim / 2 + chunk * 8,
                static_cast<const T*>(args.cos.data) + at,
                static_cast<const T*>(args.sin.data) + at);
@@ -81,6 +82,13 @@ __global__ __launch_bounds__(kRotateThreads) void rotate_keys_sm90(
 struct GlobalTile {
   int start, length, first, head;
 };
+
+__device__ __forceinline__ void keep_tile(volatile GlobalTile* kept, const GlobalTile& tile) {
+  kept->start = tile.start;
+  kept->length = tile.length;
+  kept->first = tile.first;
+  kept->head = tile.head;
+}
 
 // Work item `item`: heads of the first sequence in order, each with all its tiles, and so on.
 template <int kRows>
@@ -110,6 +118,12 @@ struct Ring {
   uint64_t *full, *empty;
   uint32_t count = 0;
 
+  __device__ __forceinline__ void init(uint32_t readers) const {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, readers);
+    }
+  }
   __device__ __forceinline__ int stage() const { return count % kStages; }
   __device__ __forceinline__ uint64_t* await_full() {
     mbarrier_wait(full + stage(), count / kStages & 1);
@@ -147,15 +161,9 @@ struct GlobalMemory {
     tile = reinterpret_cast<GlobalTile*>(shared + Shape::kTile);
   }
   __device__ __forceinline__ void init() {
-    const auto ring = [](uint64_t* full, uint64_t* empty, int stages) {
-      for (int i = 0; i < stages; ++i) {
-        mbarrier_init(full + i, 1);
-        mbarrier_init(empty + i, Shape::kGroups * 4);
-      }
-    };
-    ring(q_ring.full, q_ring.empty, 1);
-    ring(k_ring.full, k_ring.empty, Shape::kStages);
-    ring(v_ring.full, v_ring.empty, Shape::kStages);
+    q_ring.init(Shape::kGroups * 4);
+    k_ring.init(Shape::kGroups * 4);
+    v_ring.init(Shape::kGroups * 4);
     mbarrier_publish();
   }
 };
@@ -174,10 +182,7 @@ __device__ __forceinline__ void global_produce(GlobalMemory<T, kHeadDim>& m,
     const GlobalTile t = global_tile<Shape::kRows>(args, order, item);
     const AttentionTile where{0, t.start, t.length, t.first};
     uint64_t* full = m.q_ring.await_empty();
-    m.tile->start = t.start;
-    m.tile->length = t.length;
-    m.tile->first = t.first;
-    m.tile->head = t.head;
+    keep_tile(m.tile, t);
     mbarrier_expect(full, boxes_inside<Shape::kRows>(t.first, t.length) * Query::kBoxBytes);
     load_rows<Query>(m.q, maps.q, full, t.head, where, t.first);
     ++m.q_ring.count;

@@ -91,27 +91,6 @@ __device__ __forceinline__ void accumulate(float (&d)[kTiles][4], const uint32_t
   }
 }
 
-// Back through the rotation: accumulators of the rows from tile row `row` on.
-template <typename T, int kTiles>
-__device__ __forceinline__ void rotate_back(float (&d)[kTiles][4], const T* cos, const T* sin,
-                                            int row) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int slot = spread_slot(row + group_row() + half * 8);
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      const int at = slot * (kTiles * 4) + n * 8 + pair_of_lane();
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float c = widen<T>(cos[at + i]), s = widen<T>(sin[at + i]);
-        const float a = d[n][half * 2 + i], b = d[n + kTiles / 2][half * 2 + i];
-        d[n][half * 2 + i] = fmaf(b, s, a * c);
-        d[n + kTiles / 2][half * 2 + i] = fmaf(-a, s, b * c);
-      }
-    }
-  }
-}
-
 // grad_q of this warpgroup's rows, over the blocks of 64 keys in their reach.
 template <typename T, int kHeadDim, int kReach>
 __device__ __forceinline__ void local_grad_queries(const LocalGradMemory<T>& m,
@@ -165,8 +144,11 @@ __device__ __forceinline__ void local_grad_queries(const LocalGradMemory<T>& m,
     wgmma_wait<0>();
     hold(dq);
   }
+  const auto slot_of = [&](int half) {
+    return spread_slot(own + group_row() + half * 8) * (kHeadDim / 2);
+  };
   if (forward.cos.data != nullptr) {
-    rotate_back(dq, m.cos, m.sin, own);
+    rotate_back(dq, m.cos, m.sin, slot_of);
   }
   const float factor[2] = {args.scale, args.scale};
   store_accumulators<T>(dq, factor, args.dq, head, tile.start, first, tile.length);
@@ -228,8 +210,11 @@ __device__ __forceinline__ void local_grad_keys(const LocalGradMemory<T>& m,
     hold(dv);
     hold(dk);
   }
+  const auto slot_of = [&](int half) {
+    return spread_slot(own + group_row() + half * 8) * (kHeadDim / 2);
+  };
   if (forward.cos.data != nullptr) {
-    rotate_back(dk, m.cos, m.sin, own);
+    rotate_back(dk, m.cos, m.sin, slot_of);
   }
   const float factor[2] = {args.scale, args.scale}, one[2] = {1.0f, 1.0f};
   store_accumulators<T>(dk, factor, args.dk, head, tile.start, first, tile.length);

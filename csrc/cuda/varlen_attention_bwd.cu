@@ -91,12 +91,13 @@ void backward(const Launcher& launcher, const char* op, AttentionCall* call,
       keep(call, torch::stable::new_empty(dq, {a.heads, a.total_tokens}, ScalarType::Float));
   grads.delta = mutable_data<float>(delta);
   grads.scale = static_cast<float>(call->options.scale);
-  const bool on_hopper =
-      strides_fit_tma(grads.grad_out, a) &&
-      choose_attention_bwd(attention_case(launcher, *call)) == AttentionKernel::kLocalSm90;
-  if (on_hopper) {
+  const AttentionKernel kernel = strides_fit_tma(grads.grad_out, a)
+                                     ? choose_attention_bwd(attention_case(launcher, *call))
+                                     : AttentionKernel::kGeneral;
+  if (kernel != AttentionKernel::kGeneral) {
     grads.forward = a;
-    local_attention_sm90_bwd(launcher, *call, grads);
+    kernel == AttentionKernel::kLocalSm90 ? local_attention_sm90_bwd(launcher, *call, grads)
+                                          : global_attention_sm90_bwd(launcher, *call, grads, dq);
     return;
   }
   if (!dtable.has_value()) {

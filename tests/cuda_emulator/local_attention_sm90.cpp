@@ -12,16 +12,17 @@ using emulator::run;
 namespace {
 
 template <typename T, int kHeadDim, int kReach>
-void local_fwd(const AttentionArgs& args, int heads_per_block, bool backwards) {
+int local_fwd(const AttentionArgs& args, int heads_per_block, bool backwards) {
   using Shape = LocalShape<kHeadDim, kReach>;
   const LocalAttentionMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args)};
   run(attention_slots(args.total_tokens, args.num_seqs, Shape::kRows),
       ceil_div(args.heads, heads_per_block), Shape::kThreads, Shape::kBytes, backwards,
       [&] { local_attention_fwd_sm90<T, kHeadDim, kReach>(maps, args, heads_per_block); });
+  return 1;
 }
 
 template <typename T, int kHeadDim, int kReach>
-void local_bwd(const AttentionGradArgs& grads, int heads_per_block, bool backwards) {
+int local_bwd(const AttentionGradArgs& grads, int heads_per_block, bool backwards) {
   using Shape = LocalGradShape<kHeadDim, kReach>;
   const AttentionArgs& args = grads.forward;
   const LocalGradMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args),
@@ -29,6 +30,7 @@ void local_bwd(const AttentionGradArgs& grads, int heads_per_block, bool backwar
   run(attention_slots(args.total_tokens, args.num_seqs, Shape::kRows),
       ceil_div(args.heads, heads_per_block), Shape::kThreads, Shape::kBytes, backwards,
       [&] { local_attention_bwd_sm90<T, kHeadDim, kReach>(maps, grads, heads_per_block); });
+  return 1;
 }
 
 }  // namespace
@@ -39,22 +41,24 @@ int64_t grad_args_size() { return sizeof(AttentionGradArgs); }
 
 int64_t args_size() { return sizeof(AttentionArgs); }
 
-// Returns whether there is such a kernel. dtype: 1 bf16, 2 fp16.
+// Return whether there is such a kernel here. dtype: 1 bf16, 2 fp16, for one shape: the dtypes
+// differ in the arithmetic of single values only, and each kernel costs a second of compilation.
 int run_local_fwd(const AttentionArgs* args, int dtype, int reach, int heads_per_block, int late,
                   int backwards) {
   ::emulator::hopper().late = late;
-  const int which = args->head_dim * 1000 + reach;
-#define FASTENC_CASE(D, REACH)                                                 \
-  case D * 1000 + REACH:                                                       \
-    dtype == 1 ? local_fwd<bf16, D, REACH>(*args, heads_per_block, backwards)  \
-               : local_fwd<fp16, D, REACH>(*args, heads_per_block, backwards); \
-    return 1;
-  switch (which) {
-    FASTENC_CASE(32, 64)
-    FASTENC_CASE(64, 64)
-    FASTENC_CASE(128, 64)
-    FASTENC_CASE(32, 128)
-    FASTENC_CASE(64, 128)
+  switch (dtype * 1000000 + args->head_dim * 1000 + reach) {
+    case 1032064:
+      return local_fwd<bf16, 32, 64>(*args, heads_per_block, backwards);
+    case 1032128:
+      return local_fwd<bf16, 32, 128>(*args, heads_per_block, backwards);
+    case 1064064:
+      return local_fwd<bf16, 64, 64>(*args, heads_per_block, backwards);
+    case 1064128:
+      return local_fwd<bf16, 64, 128>(*args, heads_per_block, backwards);
+    case 1128064:
+      return local_fwd<bf16, 128, 64>(*args, heads_per_block, backwards);
+    case 2064064:
+      return local_fwd<fp16, 64, 64>(*args, heads_per_block, backwards);
   }
   return 0;
 }
@@ -62,15 +66,15 @@ int run_local_fwd(const AttentionArgs* args, int dtype, int reach, int heads_per
 int run_local_bwd(const AttentionGradArgs* grads, int dtype, int reach, int heads_per_block,
                   int late, int backwards) {
   ::emulator::hopper().late = late;
-#define FASTENC_GRAD_CASE(D, REACH)                                             \
-  case D * 1000 + REACH:                                                        \
-    dtype == 1 ? local_bwd<bf16, D, REACH>(*grads, heads_per_block, backwards)  \
-               : local_bwd<fp16, D, REACH>(*grads, heads_per_block, backwards); \
-    return 1;
-  switch (grads->forward.head_dim * 1000 + reach) {
-    FASTENC_GRAD_CASE(32, 64)
-    FASTENC_GRAD_CASE(64, 64)
-    FASTENC_GRAD_CASE(32, 128)
+  switch (dtype * 1000000 + grads->forward.head_dim * 1000 + reach) {
+    case 1032064:
+      return local_bwd<bf16, 32, 64>(*grads, heads_per_block, backwards);
+    case 1032128:
+      return local_bwd<bf16, 32, 128>(*grads, heads_per_block, backwards);
+    case 1064064:
+      return local_bwd<bf16, 64, 64>(*grads, heads_per_block, backwards);
+    case 2064064:
+      return local_bwd<fp16, 64, 64>(*grads, heads_per_block, backwards);
   }
   return 0;
 }

@@ -298,6 +298,28 @@ __device__ __forceinline__ void store_accumulators(const float (&o)[kTiles][4],
   }
 }
 
+// Back through the rotation, in registers. row_at(half): where the tables of row
+// group_row() + 8 half begin.
+template <typename T, int kTiles, typename RowAt>
+__device__ __forceinline__ void rotate_back(float (&d)[kTiles][4], const T* cos, const T* sin,
+                                            const RowAt& row_at) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto row = row_at(half);
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      const auto at = row + n * 8 + pair_of_lane();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float c = widen<T>(cos[at + i]), s = widen<T>(sin[at + i]);
+        const float a = d[n][half * 2 + i], b = d[n + kTiles / 2][half * 2 + i];
+        d[n][half * 2 + i] = fmaf(b, s, a * c);
+        d[n + kTiles / 2][half * 2 + i] = fmaf(-a, s, b * c);
+      }
+    }
+  }
+}
+
 // Output and log-sum-exp (natural) of a warpgroup's rows.
 template <typename T, int kTiles>
 __device__ __forceinline__ void store_rows(const float (&o)[kTiles][4], const RowStatistics& rows,
