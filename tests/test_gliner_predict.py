@@ -63,7 +63,7 @@ def same(ours, theirs):
 )
 def test_identical_entities(models, options):
     theirs, ours = models
-    asked = texts(200 if not options else 20)
+    asked = texts(200 if not options else 12)
     with fastenc.record() as ran:
         found = ours.inference(asked, LABELS, threshold=TOP, truncate=True, **options)
     expected = theirs.inference(asked, LABELS, threshold=TOP, batch_size=16, **options)
