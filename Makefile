@@ -46,6 +46,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(PY) -m pytest tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	$(PY) -m pytest tests/gates -m "not slow"
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .

@@ -43,7 +43,7 @@ class Row:
     flops: tuple[int, int] = (0, 0)
 
 
-def _ours(op: str, fn: Callable) -> dict[str, Callable[[], Callable]]:
+def ours(op: str, fn: Callable) -> dict[str, Callable[[], Callable]]:
     """fastenc on each backend that serves this machine."""
 
     def on(backend):
@@ -57,7 +57,7 @@ def _ours(op: str, fn: Callable) -> dict[str, Callable[[], Callable]]:
     return {f"fastenc {backend}": on(backend) for backend in usable}
 
 
-def _random(*shape: int) -> torch.Tensor:
+def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=BF16)
 
 
@@ -70,13 +70,13 @@ def geglu_rows() -> Iterator[Row]:
     for tokens, intermediate in shapes:
 
         def make(tokens=tokens, intermediate=intermediate):
-            x = _random(tokens, 2 * intermediate).requires_grad_()
+            x = random(tokens, 2 * intermediate).requires_grad_()
             return (x,), (x,)
 
         elements = 2 * tokens * intermediate
         yield Row(
             "geglu", f"{tokens}x{2 * intermediate}", make,
-            {**_ours("geglu", fastenc.geglu), **_plain(peers.geglu),
+            {**ours("geglu", fastenc.geglu), **_plain(peers.geglu),
              "Liger (tanh)": lambda: peers.liger_geglu},
             (3 * elements, 5 * elements),
         )  # fmt: skip
@@ -86,14 +86,14 @@ def rope_rows() -> Iterator[Row]:
     for tokens in (8192, 65536) if CUDA else (4,):
 
         def make(tokens=tokens):
-            x = _random(tokens, 3, 12, 64)[:, :2].requires_grad_()
+            x = random(tokens, 3, 12, 64)[:, :2].requires_grad_()
             tables = (t.to(DEVICE, BF16) for t in testing.rope_tables(512, 64))
             return (x, *tables, torch.arange(tokens, device=DEVICE) % 512), (x,)
 
         moved = 4 * tokens * 2 * 12 * 64
         yield Row(
             "rope", f"{tokens}x2x12x64", make,
-            {**_ours("rope", fastenc.rope), **_plain(peers.rope)}, (moved, moved),
+            {**ours("rope", fastenc.rope), **_plain(peers.rope)}, (moved, moved),
         )  # fmt: skip
 
 
@@ -101,13 +101,13 @@ def add_layer_norm_rows() -> Iterator[Row]:
     for tokens, hidden in ((8192, 768), (65536, 768), (65536, 1024)) if CUDA else ((4, 16),):
 
         def make(tokens=tokens, hidden=hidden):
-            x, residual = (_random(tokens, hidden).requires_grad_() for _ in range(2))
-            weight = _random(hidden).requires_grad_()
+            x, residual = (random(tokens, hidden).requires_grad_() for _ in range(2))
+            weight = random(hidden).requires_grad_()
             return (x, residual, weight), (x, residual, weight)
 
         yield Row(
             "add_layer_norm", f"{tokens}x{hidden}", make,
-            {**_ours("add_layer_norm", fastenc.add_layer_norm), **_plain(peers.add_layer_norm),
+            {**ours("add_layer_norm", fastenc.add_layer_norm), **_plain(peers.add_layer_norm),
              "Liger": lambda: peers.liger_add_layer_norm},
             (8 * tokens * hidden, 6 * tokens * hidden),
         )  # fmt: skip
@@ -117,18 +117,18 @@ def segment_pool_rows() -> Iterator[Row]:
     for lengths in ((512,) * 128, (8192,), RAGGED) if CUDA else ((3, 5),):
 
         def make(lengths=lengths):
-            x = _random(sum(lengths), 768 if CUDA else 16).requires_grad_()
+            x = random(sum(lengths), 768 if CUDA else 16).requires_grad_()
             return (x, testing.cu_seqlens_of(lengths, DEVICE)), (x,)
 
         moved = 2 * sum(lengths) * 768
         yield Row(
-            "segment_pool", _name(lengths), make,
-            {**_ours("segment_pool", fastenc.segment_pool), **_plain(peers.segment_mean)},
+            "segment_pool", batch_name(lengths), make,
+            {**ours("segment_pool", fastenc.segment_pool), **_plain(peers.segment_mean)},
             (moved, moved),
         )  # fmt: skip
 
 
-def _name(lengths: tuple[int, ...]) -> str:
+def batch_name(lengths: tuple[int, ...]) -> str:
     one = len(set(lengths)) == 1
     return f"{len(lengths)}x{lengths[0]}" if one else f"{len(lengths)} ragged, {sum(lengths)}"
 
@@ -147,40 +147,43 @@ def _attention_rows(lengths, window, heads, head_dim) -> Iterator[Row]:
     flops = 4 * testing.useful_pairs(lengths, window) * heads * head_dim
     elements = total * heads * head_dim
     work = (8 * elements, 16 * elements), (flops, flops * 5 // 2)
-    name = f"{_name(lengths)} window {window[0]}"
+    name = f"{batch_name(lengths)} window {window[0]}"
 
     def make():
-        qkv = _random(total, 3, heads, head_dim).requires_grad_()
+        qkv = random(total, 3, heads, head_dim).requires_grad_()
         return tuple(qkv.unbind(1)), (qkv,)
 
-    def ours(q, k, v):
+    def attend(q, k, v):
         return fastenc.varlen_attention(q, k, v, cu, longest, window)
 
     yield Row(
         "varlen_attention", name, make,
-        {**_ours("varlen_attention", ours), **peers.attention_peers(cu, lengths, window)}, *work,
+        {**ours("varlen_attention", attend), **peers.attention_peers(cu, lengths, window)}, *work,
     )  # fmt: skip
 
     tables = tuple(t.to(DEVICE, BF16) for t in testing.rope_tables(longest, head_dim))
 
     def make_qkv():
-        qkv = _random(total, 3, heads, head_dim).requires_grad_()
+        qkv = random(total, 3, heads, head_dim).requires_grad_()
         return (qkv,), (qkv,)
 
     def rotated(qkv):
         return fastenc.rope_varlen_attention(qkv, *tables, cu, longest, window)
 
     yield Row(
-        "rope_varlen_attention", name, make_qkv, _ours("rope_varlen_attention", rotated), *work
+        "rope_varlen_attention", name, make_qkv, ours("rope_varlen_attention", rotated), *work
     )
 
 
 def rows() -> Iterator[Row]:
+    from bench import gpu_gliner_ops
+
     yield from attention_rows()
     yield from geglu_rows()
     yield from rope_rows()
     yield from add_layer_norm_rows()
     yield from segment_pool_rows()
+    yield from gpu_gliner_ops.rows()
 
 
 def _time(factory, sets: list[tuple], backward: bool) -> Timing:
@@ -194,9 +197,9 @@ def _time(factory, sets: list[tuple], backward: bool) -> Timing:
 
 
 def measure_row(row: Row, ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
-    """The row's two records, forward and backward: times, floor, floor / measured, errors."""
+    """Records of the row, forward and backward if any: times, floor, floor / measured, errors."""
     results = []
-    for backward in (False, True):
+    for backward in (False, True) if row.moved[1] else (False,):
         moved, flops = row.moved[backward], row.flops[backward]
         floor = max(moved / ceilings["copy"], flops / ceilings["matrix_bf16"])
         sets = [row.make() for _ in range(cold_copies(moved))]
@@ -219,8 +222,9 @@ def measure_row(row: Row, ceilings: dict[str, float], deadline: Deadline) -> lis
 def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
     results = []
     for row in rows():
-        results += measure_row(row, ceilings, deadline)
-        for record in results[-2:]:
+        records = measure_row(row, ceilings, deadline)
+        results += records
+        for record in records:
             print(line(record), flush=True)
         if CUDA:
             torch.cuda.empty_cache()

@@ -57,6 +57,49 @@ def liger_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[T
     return LigerLayerNormFunction.apply(total, weight, torch.zeros_like(weight), 1e-5), total
 
 
+# ---- GLiNER ------------------------------------------------------------------------------------
+
+
+def span_score(start: Tensor, end: Tensor, labels: Tensor, lengths, max_width: int) -> Tensor:
+    """The folded head in plain PyTorch, texts of one length: writes (words, max_width, R)."""
+    if len(set(lengths)) > 1:
+        raise NotImplementedError("the plain form takes texts of one length")
+    a, b = (x.unflatten(0, (len(lengths), -1)) for x in (start, end))
+    step = torch.arange(lengths[0], device=start.device)[:, None]
+    ends = (step + torch.arange(max_width, device=start.device)).clamp(max=lengths[0] - 1)
+    rows = F.relu(a[:, :, None] + b[:, ends])
+    return torch.einsum("bikr,bcr->bikc", rows, labels).flatten(0, 1)
+
+
+def hf_disentangled(lengths, heads: int, head_dim: int, buckets: int, far: int) -> Call:
+    """transformers' DebertaV2 attention without its projections, texts of one length.
+
+    Its q, k and v are one tensor here, which changes no shape; its projections and those of the
+    relative embeddings are left out, as they are from ours.
+    """
+    from transformers import DebertaV2Config
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+
+    if len(set(lengths)) > 1:
+        raise NotImplementedError("transformers pads: texts of one length only")
+    config = DebertaV2Config(
+        hidden_size=heads * head_dim, num_attention_heads=heads, pos_att_type=["c2p", "p2c"],
+        relative_attention=True, position_buckets=buckets, max_relative_positions=far,
+        share_att_key=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    module = DisentangledSelfAttention(config)
+    for name in ("query_proj", "key_proj", "value_proj"):
+        setattr(module, name, torch.nn.Identity())
+
+    def run(q, k, v, pos_key, pos_query):
+        hidden = q.flatten(1).unflatten(0, (len(lengths), -1))
+        seen = torch.ones(len(lengths), 1, lengths[0], lengths[0], dtype=torch.bool)
+        table = pos_key.transpose(0, 1).flatten(1)
+        return module(hidden, seen.to(q.device), rel_embeddings=table)[0].flatten(0, 1)
+
+    return run
+
+
 # ---- attention: q, k, v (total_tokens, heads, head_dim) ----------------------------------------
 
 

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.gpu
 
 OPS = (
     "geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention", "rope_varlen_attention",
+    "span_pool", "span_score", "disentangled_attention",
 )  # fmt: skip
 BACKENDS = ("triton", "cuda")
 
@@ -29,6 +30,24 @@ def test_parity(case, dtype, backend):
     with fastenc.use_backend(backend), fastenc.record() as ran:
         testing.check_case(public, testing.reference_of(case.op), case, dtype, "cuda")
     assert set(ran.calls[case.op]) == {backend} and ran.fallbacks == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("labels", [10, 1000])
+def test_candidates_are_the_scores_past_the_threshold(labels, backend):
+    need("span_candidates", backend)
+    start, end = (torch.randn(500, 256, device="cuda") * 0.1 for _ in range(2))
+    args = (start, end, torch.randn(2, labels, 256, device="cuda") * 0.1,
+            testing.cu_seqlens_of((384, 116), "cuda"), 12)  # fmt: skip
+    with fastenc.use_backend(backend):
+        *index, score = fastenc.span_candidates(*args, 0.6)
+        again = fastenc.span_candidates(*args, 0.6)
+    scores = torch.sigmoid(torch.ops.fastenc_reference.span_score_fwd(*args, None, 0.0, None))
+    assert all(torch.equal(a, b) for a, b in zip((*index, score), again, strict=True))
+    torch.testing.assert_close(scores[tuple(index)], score, atol=1e-5, rtol=1e-5)
+    place = (index[0] * 12 + index[1]) * labels + index[2]
+    assert (place.diff() > 0).all()
+    assert (scores > 0.60001).sum() <= len(score) <= (scores > 0.59999).sum()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

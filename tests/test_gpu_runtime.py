@@ -28,8 +28,17 @@ def calls(dtype=torch.bfloat16, device="cuda"):
     def rope_attention(window):
         return lambda t: fastenc.rope_varlen_attention(t, cos, sin, cu, 512, window)
 
+    labels = torch.randn(len(LENGTHS), 25, 768, device=device, dtype=dtype)
+    rows = torch.randn(4, 512, 64, device=device, dtype=dtype)
+
+    def disentangled(t):
+        return fastenc.disentangled_attention(*t.unbind(1), rows, rows, cu, 512)
+
     return {
         "geglu": (fastenc.geglu, x),
+        "span_pool": (lambda t: fastenc.span_pool(t, x, cu, 12), x),
+        "span_score": (lambda t: fastenc.span_score(t, x, labels, cu, 12), x),
+        "disentangled_attention": (disentangled, qkv),
         "rope": (lambda t: fastenc.rope(t, cos, sin, positions), qkv[:, :2]),
         "add_layer_norm": (lambda t: fastenc.add_layer_norm(t, x, weight)[0], x),
         "segment_pool": (lambda t: fastenc.segment_pool(t, cu), x),
@@ -49,10 +58,11 @@ each_backend = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
 @pytest.fixture
-def on(backend):
+def on(backend, request):
     """Run on ``backend`` or skip by name."""
+    name = request.node.callspec.params.get("name")
     for op, reasons in fastenc.backends().items():
-        if op in ("varlen_attention", "geglu") and reasons[backend] != "available":
+        if op in ("varlen_attention", "geglu", name) and reasons[backend] != "available":
             pytest.skip(f"{op} on {backend}: {reasons[backend]}")
     with fastenc.use_backend(backend):
         yield

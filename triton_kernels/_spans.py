@@ -54,15 +54,14 @@ def score_launches(labels: int, dtype: torch.dtype, chip: Chip) -> Launches:
     if labels <= 32:
         block_c = label_block(labels, 32)
         return (Launch(128, block_c, 64, 4), Launch(64, block_c, 64, 4))
-    block_c = label_block(labels, 128)  # 128 labels with 64 columns spill
-    return (Launch(128, block_c, 32, 8), Launch(128, 64, 64, 8))
+    return (Launch(128, 64, 64, 8),)  # 128 labels spill
 
 
 def candidate_launch(labels: int, dtype: torch.dtype, chip: Chip) -> Launch:
-    """The launch of the candidates; 128 spans a tile spill."""
+    """The launch of the candidates: 128 spans spill, and so do 64 with 64 labels."""
     if chip.backend == "cpu" or dtype == torch.float32:
         return score_launches(labels, dtype, chip)[0]
-    return Launch(64, label_block(labels, 64), 64, 4)
+    return Launch(64, 16, 64, 4)
 
 
 def word_launches(labels: int, dtype: torch.dtype, chip: Chip) -> Launches:

@@ -176,6 +176,7 @@ PRODUCTS = ("forward_kernel", "backward_kernel", "partial_kernel", "candidates_k
 SMALL = {
     "_attention._schedule_kernel",
     "add_layer_norm._reduce_kernel",
+    "disentangled_attention_bwd.disentangled_reduce_kernel",
     "segment_pool._finish_kernel",
     "segment_pool._pick_kernel",
     "span_score_bwd.add_chunks_kernel",

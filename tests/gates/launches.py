@@ -11,6 +11,7 @@ import torch
 from fastenc.triton_kernels import (
     _common,
     add_layer_norm,
+    disentangled_attention,
     geglu,
     rope,
     rope_varlen_attention,
@@ -107,6 +108,20 @@ def call_attention(
     varlen_attention.varlen_attention_bwd(out, dlse, q, k, v, out, lse, *shape, table)
 
 
+def call_disentangled(
+    head_dim: int, dtype: torch.dtype, terms: tuple[bool, bool] = (True, True),
+    dropout: bool = False,
+) -> None:  # fmt: skip
+    q, k, v = torch.empty(64, 3, HEADS, head_dim, dtype=dtype).unbind(1)
+    tables = (torch.empty(HEADS, 512, head_dim, dtype=dtype) if term else None for term in terms)
+    tensors = (q, k, v, *tables)
+    index = torch.zeros(1025, dtype=torch.int32)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    shape = index, _cu(), 64, 0.1, 0.1 if dropout else 0.0, seed
+    out, lse = disentangled_attention.disentangled_attention_fwd(*tensors, *shape)
+    disentangled_attention.disentangled_attention_bwd(out, *tensors, out, lse, *shape)
+
+
 GLOBAL, LOCAL, WIDE = (-1, -1), (64, 64), (512, 0)
 
 
@@ -125,17 +140,15 @@ def default_calls() -> dict[str, list[Call]]:
             bind(call_attention, 64, BF16, GLOBAL),
             bind(call_attention, 64, BF16, LOCAL),
             bind(call_attention, 64, BF16, GLOBAL, dropout=True),
-            bind(call_attention, 64, BF16, GLOBAL, bias=True),
-            bind(call_attention, 64, FP32, LOCAL),
         ],
         "rope_varlen_attention": [
             bind(call_attention, 64, BF16, GLOBAL, rope=True),
             bind(call_attention, 64, BF16, LOCAL, rope=True),
         ],
+        "disentangled_attention": [bind(call_disentangled, 64, BF16)],
         "span_pool": [bind(call_span_pool, 2048, BF16)],
         "span_score": [
             bind(call_span_score, 2048, 10, BF16),
-            bind(call_span_score, 2048, 10, BF16, dropout=True),
             bind(call_span_score, 2048, 1000, BF16),
         ],
         "span_candidates": [bind(call_span_candidates, 2048, 10, BF16)],
@@ -154,6 +167,13 @@ def all_calls() -> list[Call]:
     for hidden, dtype in itertools.product((384, 768, 1024, 5000, 8192), (BF16, FP32)):
         calls.append(bind(call_add_layer_norm, hidden, dtype, True, False))
     calls.append(bind(call_add_layer_norm, 768, BF16, False, True))
+    for head_dim, dtype, dropout in itertools.product(
+        (32, 64, 96, 128, 256), (BF16, FP32), (False, True)
+    ):
+        calls.append(bind(call_disentangled, head_dim, dtype, dropout=dropout))
+    for terms in ((True, False), (False, True), (False, False)):
+        calls.append(bind(call_disentangled, 64, BF16, terms))
+    calls.append(bind(call_disentangled, 64, FP16))
     for size, dtype in itertools.product((2048, 3072), (BF16, FP32)):
         calls.append(bind(call_span_pool, size, dtype))
     for labels, dropout in itertools.product((1, 10, 25, 60, 1000), (False, True)):

@@ -154,22 +154,26 @@ def broken(monkeypatch, which: str, launch: Launch, window) -> list[str]:
     return [text for k in kernels for text in faults(k, True)]
 
 
+@pytest.mark.slow
 def test_gate_sees_spills(monkeypatch):
     texts = broken(monkeypatch, "backward", Launch(128, 128, 4, 1), launches.GLOBAL)
     assert any("spills" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_gate_sees_too_much_shared_memory(monkeypatch):
     texts = broken(monkeypatch, "forward", Launch(128, 128, 8, 8), launches.GLOBAL)
     assert any("shared memory" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_gate_sees_missing_matrix_instructions(monkeypatch):
     """wgmma needs 64 rows: 32 fall back to the older instruction."""
     texts = broken(monkeypatch, "forward", Launch(32, 64, 4, 2), launches.GLOBAL)
     assert any("HGMMA" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_gate_sees_narrow_accesses():
     def misaligned():
         base = torch.empty(64 * 3 * 12 * 64 + 1, dtype=torch.bfloat16)
@@ -185,6 +189,7 @@ def test_gate_sees_narrow_accesses():
         assert any("16 bits" in text for text in faults(kernel, True)), name
 
 
+@pytest.mark.slow
 def test_gate_sees_tf32(monkeypatch):
     """The switch that users have, torch.backends.cuda.matmul.allow_tf32, reaches the kernels."""
     monkeypatch.setattr(_common, "tf32_allowed", lambda: True)

@@ -17,7 +17,8 @@ def test_whole_benchmark_at_toy_size(tmp_path, monkeypatch):
     assert {"machine", "date", "commit", "versions", "backends", "ceilings"} <= result.keys()
     assert {r["op"] for r in result["ops"]} == {
         "geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention",
-        "rope_varlen_attention",
+        "rope_varlen_attention", "span_pool", "span_score", "span_candidates",
+        "disentangled_attention",
     }  # fmt: skip
     for record in result["ops"]:
         ours = record["runs"]["fastenc triton"]
