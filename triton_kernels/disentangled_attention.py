@@ -7,7 +7,7 @@ in memory. FLOPs a query-key pair: 4 head_dim for content and values, 4 head_dim
 twice as wide as its block). Backward: see disentangled_attention_bwd.
 
 Ladder (compiled for sm_90, bf16, head_dim 64; has not run on a GPU, so no time is claimed):
-    v1  bands by wgmma, picked through shared memory, no spill: registers in docs/kernels.md.
+    v1  bands by wgmma, picked through shared memory; spills, see the limits in docs/kernels.md.
 """
 
 from __future__ import annotations

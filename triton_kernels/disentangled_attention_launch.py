@@ -48,6 +48,11 @@ Launches = tuple[Launch, ...]
 INTERPRETED = (Launch(16, 16, 4),)
 
 
+def _small(need: Need, chip: Chip) -> bool:
+    """Whether 64 x 64 tiles of the backward (80 to 160 KB) are past the chip's shared memory."""
+    return chip.shared < (100_000 if need.head_dim <= 64 else 165_000)
+
+
 def forward(need: Need, chip: Chip) -> Launches:
     if chip.backend == "cpu":
         return INTERPRETED
@@ -66,6 +71,8 @@ def backward(need: Need, chip: Chip) -> Launches:
         return (Launch(32, 32, 8),) if need.head_dim <= 64 else (Launch(16, 16, 4),)
     if need.head_dim > 128:
         return (Launch(64, 16, 8),)
+    if _small(need, chip):
+        return (Launch(32, 32, 4),)
     return (Launch(64, 64, 8),)
 
 
@@ -75,6 +82,8 @@ def tables(need: Need, chip: Chip) -> Launch:
         return INTERPRETED[0]
     if need.fp32 or need.head_dim > 128:
         return Launch(32, 32, 8) if need.head_dim <= 64 else Launch(16, 16, 4)
+    if _small(need, chip):
+        return Launch(32, 32, 4)
     return Launch(64, 64, 8)
 
 

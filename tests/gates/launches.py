@@ -145,7 +145,6 @@ def default_calls() -> dict[str, list[Call]]:
             bind(call_attention, 64, BF16, GLOBAL, rope=True),
             bind(call_attention, 64, BF16, LOCAL, rope=True),
         ],
-        "disentangled_attention": [bind(call_disentangled, 64, BF16)],
         "span_pool": [bind(call_span_pool, 2048, BF16)],
         "span_score": [
             bind(call_span_score, 2048, 10, BF16),
