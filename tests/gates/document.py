@@ -62,7 +62,8 @@ def runs(results: Path = RESULTS) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted(results.glob("*/*.json")):
         record = json.loads(path.read_text())
-        gpu = record.get("machine", {}).get("gpu") if isinstance(record, dict) else None
+        machine = record.get("machine") if isinstance(record, dict) else None
+        gpu = machine.get("gpu") if isinstance(machine, dict) else None
         for row in record.get("ops", []) if gpu else []:
             if "seconds" in row.get("runs", {}).get("fastenc triton", {}):
                 found.setdefault(row["op"], set()).add(f"{gpu} ({record['date']})")

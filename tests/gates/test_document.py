@@ -19,6 +19,6 @@ def test_status_comes_from_results(tmp_path):
     record = {"machine": {"gpu": "NVIDIA X"}, "date": "2026-01-01", "ops": [run, broken]}
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.json").write_text(json.dumps(record))
-    (tmp_path / "x" / "b.json").write_text(json.dumps({"ops": [run]}))  # a CPU's: no GPU named
+    (tmp_path / "x" / "b.json").write_text(json.dumps({"machine": "a CPU", "ops": [run]}))
     table = document.status_table(["geglu", "rope"], tmp_path)
     assert "| geglu | NVIDIA X (2026-01-01) |" in table and "| rope | never |" in table
