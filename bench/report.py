@@ -21,7 +21,7 @@ def newest() -> dict[str, dict]:
     for folder in sorted(measure.RESULTS.glob("*")):
         for file in sorted(folder.glob("*.json")):
             results = json.loads(file.read_text())
-            if "modernbert" in results:
+            if results.get("modernbert", {}).get("rows"):
                 found[folder.name] = results
     return found
 
@@ -69,6 +69,7 @@ def failure_list(results: dict) -> str:
     lines = [f"- {name}: {why}" for name, why in results["not_built"].items()]
     for row in results["rows"]:
         lines += [f"- {name} at {row['name']}: {why}" for name, why in row["failures"].items()]
+        lines += [f"- {name} at {row['name']}: one call, slow" for name in row.get("once", ())]
     return "\n".join(lines) or "- none"
 
 
@@ -101,24 +102,28 @@ def heading(results: dict) -> str:
 def tables(results: dict) -> str:
     """The Markdown of one machine."""
     model = results["modernbert"]
-    training, memory = model["training"], model["peak_memory_mib"]
-    return "\n\n".join(
-        [
-            heading(results),
-            f"### ModernBERT-base, fp32, {model['layers']} layers, random weights",
-            model_table(model),
-            ratio_table(model),
+    training, memory = model.get("training"), model.get("peak_memory_mib")
+    parts = [
+        heading(results),
+        f"### ModernBERT-base, fp32, {model['layers']} layers, random weights",
+        model_table(model),
+        ratio_table(model),
+    ]
+    if training:
+        parts.append(
             f"Training step (forward + backward, ragged): {training['ahead_of_sdpa']:.2f}x sdpa "
             f"({training['seconds']['fastenc']:.1f} s against "
-            f"{training['seconds']['transformers sdpa']:.1f} s).",
+            f"{training['seconds']['transformers sdpa']:.1f} s)."
+        )
+    if memory:
+        parts.append(
             f"Peak memory above the loaded model, {model['rows'][-1]['name']}: fastenc "
-            f"{memory['fastenc']:.0f} MiB, sdpa {memory['transformers sdpa']:.0f} MiB.",
-            "Peers that failed or were left out:",
-            failure_list(model),
-            "### Ops",
-            op_table(results["ops"]),
-        ]
-    )
+            f"{memory['fastenc']:.0f} MiB, sdpa {memory['transformers sdpa']:.0f} MiB."
+        )
+    parts += ["Peers that failed, were left out, or were called once:", failure_list(model)]
+    if "ops" in results:
+        parts += ["### Ops", op_table(results["ops"])]
+    return "\n\n".join(parts)
 
 
 def plot(results: dict, path: Path) -> None:

@@ -6,11 +6,13 @@ Runs the ops' pytest-benchmarks and the end-to-end suite, writes
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -53,17 +55,55 @@ def op_figures(quick: bool) -> list[dict[str, object]]:
     return figures
 
 
-def main(quick: bool = typer.Option(False, help="toy sizes, nothing is written")) -> None:
+def merged(old: dict, new: dict) -> dict:
+    """``new`` over ``old``; rows of the same name are replaced, others stay, in ``models.ROWS``'
+    order."""
+    rows = {row["name"]: row for source in (old, new) for row in source.get("rows", ())}
+    order = [row.name for row in models.ROWS]
+    found = {**old, **new}
+    if rows:
+        found["rows"] = sorted(rows.values(), key=lambda row: order.index(row["name"]))
+    return found
+
+
+PARTS = ("rows", "training", "memory", "ops")
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="toy sizes, nothing is written")] = False,
+    row: Annotated[list[str] | None, typer.Option(help="only these, such as 8x128")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="rows, training, memory, ops")] = None,
+    rounds: Annotated[int, typer.Option(help="of each row, in place of its own number")] = 0,
+) -> None:
+    """Rows and parts that are not asked for stay as an earlier run of the same day left them."""
     results = {**measure.stamp()}
     if quick:
         results["modernbert"] = models.run(models.TOY_ROWS, layers=2, vocab_size=1000)
         results["ops"] = op_figures(True)
         print(report.tables(results))
         return
-    results["modernbert"] = models.run()
-    results["ops"] = op_figures(False)
+    parts = part or (["rows"] if row else list(PARTS))
+    for name, given, known in (
+        ("row", row or (), [r.name for r in models.ROWS]),
+        ("part", parts, PARTS),
+    ):
+        if unknown := set(given) - set(known):
+            raise typer.BadParameter(f"{name}: expected {', '.join(known)}, got {unknown.pop()!r}")
+    rows = [r for r in models.ROWS if not row or r.name in row]
+    rows = [dataclasses.replace(r, rounds=rounds or r.rounds) for r in rows]
     path = measure.RESULTS / results["machine"]["name"] / f"{results['date']}.json"
-    measure.write_json(path, results)
+    before = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(model: dict) -> None:
+        both = {**before, **results}
+        both["modernbert"] = merged(before.get("modernbert", {}), model)
+        measure.write_json(path, both)
+
+    if set(parts) & {"rows", "training", "memory"}:
+        models.run(rows, parts=parts, keep=keep)
+    if "ops" in parts:
+        both = json.loads(path.read_text()) if path.exists() else {**results}
+        measure.write_json(path, {**both, "ops": op_figures(False)})
     report.write_docs()
     print(path)
 

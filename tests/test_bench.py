@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from bench import attention_rate, breakdown, measure, models, op_bench, report
+from bench import attention_rate, breakdown, measure, models, op_bench, report, run
 from fastenc import testing
 
 
@@ -29,6 +29,36 @@ def test_the_end_to_end_suite_at_toy_size():
     json.dumps(results)
     text = report.tables(results)
     assert "fastenc" in text and "floor / measured" in text
+
+
+def test_rows_of_an_earlier_run_stay():
+    old = {"rows": [{"name": "8x128", "x": 1}, {"name": "1x2048", "x": 1}], "training": 1}
+    new = {"rows": [{"name": "1x2048", "x": 2}, {"name": "4x512", "x": 2}], "layers": 22}
+    both = run.merged(old, new)
+    assert [(r["name"], r["x"]) for r in both["rows"]] == [
+        ("8x128", 1),
+        ("4x512", 2),
+        ("1x2048", 2),
+    ]
+    assert both["training"] == 1 and both["layers"] == 22
+
+
+def test_a_slow_peer_is_called_once(monkeypatch):
+    calls = []
+
+    def slow(ids, mask):
+        calls.append(1)
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    model = models.modernbert_base(2, 200)
+    monkeypatch.setattr(models, "ONCE_PAST", 0.0)
+    runners = {"fastenc": slow, "transformers sdpa": slow, "OpenVINO": slow}
+    with torch.inference_mode():
+        runners["fastenc"](*models.padded_batch((4,), 200))
+        monkeypatch.setattr(models, "KEPT", ("fastenc",))
+        calls.clear()
+        row = models.run_row(model, runners, models.Row("x", (4, 4), 3))
+    assert row["once"] == ["OpenVINO"] and len(calls) == 2 + 4 + 1 + 1
 
 
 def test_a_missing_peer_package_is_no_silent_gap(monkeypatch, tmp_path):
