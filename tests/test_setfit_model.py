@@ -136,8 +136,9 @@ def test_constant_output(folder):
     """scikit-learn's one-vs-rest has a constant predictor for it."""
     rows = [[*row, 1, 0] for row in ROWS]
     ours = SetFitModel.from_pretrained(folder, multi_target_strategy="one-vs-rest")
-    ours.fit_head(ours.encode(TEXTS), rows)
-    assert_same_model(ours, trained(folder, rows, multi_target_strategy="one-vs-rest"))
+    theirs = trained(folder, rows, multi_target_strategy="one-vs-rest")
+    ours.fit_head(theirs.encode(TEXTS), rows)  # the optimum moves more than the embeddings
+    assert_same_model(ours, theirs)
 
 
 def test_prediction_needs_no_scikit_learn(folder, tmp_path):
