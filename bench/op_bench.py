@@ -36,10 +36,32 @@ def work(case: testing.Case, dtype: torch.dtype, backward: bool) -> tuple[int, i
         return size * elements * passes, 0
     if case.op == "segment_pool":
         return size * (sum(s["lengths"]) + len(s["lengths"])) * s["hidden"], 0
-    pairs = testing.useful_pairs(s["lengths"], s["window"])
+    if case.op in ("span_pool", "span_score", "token_score"):
+        return _head_work(case, size, backward)
+    window = s.get("window", (-1, -1))
+    pairs = testing.useful_pairs(s["lengths"], window)
     elements = sum(s["lengths"]) * s["heads"] * s["head_dim"]
-    flops = 4 * pairs * s["heads"] * s["head_dim"]
+    products = 2 + len(s.get("terms", ()))
+    flops = 2 * products * pairs * s["heads"] * s["head_dim"]
     return (10 if backward else 4) * size * elements, flops * 5 // 2 if backward else flops
+
+
+def _head_work(case: testing.Case, size: int, backward: bool) -> tuple[int, int]:
+    """GLiNER's heads: their inputs and scores move; a backward makes the rows again and multiplies
+    twice, for rows and for weights."""
+    s = case.settings
+    words, r = sum(s["lengths"]), s["size"]
+    if case.op == "span_pool":
+        return size * words * r * (2 + s["max_width"]), 0
+    labels, seqs = s["labels"], len(s["lengths"])
+    if case.op == "span_score":
+        scores = words * s["max_width"] * labels
+        return size * (2 * words * r + seqs * labels * r + scores), (6 if backward else 2) * (
+            scores * r
+        )
+    pairs = words * labels
+    moved = size * ((words + seqs * labels) * (r + s["factors"]) + 3 * pairs)
+    return moved, (3 if backward else 1) * 2 * pairs * r * (s["factors"] + 3)
 
 
 def bench(benchmark, case: testing.Case, dtype: torch.dtype, backward: bool, fn: Callable) -> None:

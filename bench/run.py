@@ -20,7 +20,7 @@ from bench import measure, models, report
 
 OPS = (
     "geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention", "rope_varlen_attention",
-    "linear",
+    "linear", "disentangled_attention", "span_pool", "span_score", "token_score",
 )  # fmt: skip
 
 

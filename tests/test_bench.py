@@ -87,6 +87,15 @@ def test_work_of_the_ops():
     attention = next(testing.cases("varlen_attention", "bench"))
     pairs = testing.useful_pairs((512,) * 4, (64, 64))
     assert op_bench.work(attention, torch.float32, False)[1] == 4 * pairs * 12 * 64
+    span = next(testing.cases("span_score", "bench"))
+    assert op_bench.work(span, torch.float32, False) == (
+        4 * (2 * 384 * 2048 + 10 * 2048 + 384 * 12 * 10),
+        2 * 384 * 12 * 10 * 2048,
+    )
+    for op in ("span_pool", "token_score", "disentangled_attention"):
+        for case in testing.cases(op, "bench"):
+            moved, flops = op_bench.work(case, torch.bfloat16, True)
+            assert moved > 0 and (flops > 0 or op == "span_pool")
 
 
 def test_results_are_written_whole(tmp_path):

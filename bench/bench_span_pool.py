@@ -1,0 +1,15 @@
+"""pytest bench/bench_span_pool.py: time, floor / measured, beside plain PyTorch."""
+
+import pytest
+import torch
+
+from bench import op_bench
+from fastenc import testing
+
+
+@pytest.mark.parametrize("case", list(testing.cases("span_pool", "bench")), ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["fastenc", "pytorch"])
+def test_span_pool(benchmark, name, dtype, backward, case):
+    op_bench.bench(benchmark, case, dtype, backward, op_bench.implementations("span_pool")[name])
