@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 OPS = (
     "geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention", "rope_varlen_attention",
-    "span_pool", "span_score", "disentangled_attention",
+    "span_pool", "span_score", "token_score", "disentangled_attention",
 )  # fmt: skip
 BACKENDS = ("triton", "cuda")
 

@@ -29,7 +29,12 @@ def calls(dtype=torch.bfloat16, device="cuda"):
         return lambda t: fastenc.rope_varlen_attention(t, cos, sin, cu, 512, window)
 
     labels = torch.randn(len(LENGTHS), 25, 768, device=device, dtype=dtype)
+    factors = torch.randn(768, 192, device=device, dtype=dtype)
     rows = torch.randn(4, 512, 64, device=device, dtype=dtype)
+
+    def token_score(t):
+        words = t[:, :192], labels[..., :192], factors, labels[0, :3]
+        return fastenc.token_score(t, labels, *words, cu)
 
     def disentangled(t):
         return fastenc.disentangled_attention(*t.unbind(1), rows, rows, cu, 512)
@@ -38,6 +43,7 @@ def calls(dtype=torch.bfloat16, device="cuda"):
         "geglu": (fastenc.geglu, x),
         "span_pool": (lambda t: fastenc.span_pool(t, x, cu, 12), x),
         "span_score": (lambda t: fastenc.span_score(t, x, labels, cu, 12), x),
+        "token_score": (token_score, x),
         "disentangled_attention": (disentangled, qkv),
         "rope": (lambda t: fastenc.rope(t, cos, sin, positions), qkv[:, :2]),
         "add_layer_norm": (lambda t: fastenc.add_layer_norm(t, x, weight)[0], x),

@@ -135,7 +135,10 @@ def pair(start_ptr, end_ptr, head, tail, col, size, start_stride, end_stride):
 
 
 @triton.jit
-def span_keep(seed_ptr, threshold, word, width, column, ROWS: tl.constexpr, COLS: tl.constexpr):
+def span_keep(
+    seed_ptr, threshold, word, width, column, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TAG: tl.constexpr = SPAN_TAG,
+):  # fmt: skip
     """What dropout keeps of the spans (``word`` packed, ``width``), COLS columns from ``column`` (a
     multiple of 4) on: (ROWS, COLS). One Philox counter serves four columns."""
     seed = tl.load(seed_ptr)
@@ -145,7 +148,7 @@ def span_keep(seed_ptr, threshold, word, width, column, ROWS: tl.constexpr, COLS
     group = (column // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :] + zero
     word = word.to(tl.uint32)[:, None] + zero
     width = width.to(tl.uint32)[:, None] + zero
-    w0, w1, w2, w3 = tl.philox_impl(group, word, width, zero + SPAN_TAG, key_low, key_high)
+    w0, w1, w2, w3 = tl.philox_impl(group, word, width, zero + TAG, key_low, key_high)
     limit = threshold.to(tl.uint32)
     kept = (w0 >= limit).to(tl.int32) | ((w1 >= limit).to(tl.int32) << 1)
     kept = kept | ((w2 >= limit).to(tl.int32) << 2) | ((w3 >= limit).to(tl.int32) << 3)

@@ -194,13 +194,18 @@ MATRIX = {
 
 def multiplies(kernel: Compiled) -> bool:
     """Whether the kernel is made of matrix products."""
-    named = re.match(r"\w*attention|span_(score|candidates)", kernel.name)
+    named = re.match(r"\w*attention|span_(score|candidates)|token_score", kernel.name)
     return bool(named) and kernel.name.endswith(PRODUCTS)
 
 
 def narrow_allowed(kernel: Compiled) -> int | None:
-    """16-bit accesses that are meant: gathers of the bias table, one row of a pooled gradient, and
-    the gradient of span scores, whose rows are as long as there are labels."""
+    """16-bit accesses that are meant: gathers of the bias table, one row of a pooled gradient, the
+    gradient of span scores, whose rows are as long as there are labels, and the three outputs of
+    token scores with their three rows of weights."""
+    if kernel.name == "token_score.scores_forward_kernel":
+        return 6
+    if kernel.name == "token_score_bwd.hidden_backward_kernel":
+        return 12
     if kernel.options.get("BIAS") or "bias" in kernel.name:
         return None
     if kernel.name.startswith("span_score_bwd"):

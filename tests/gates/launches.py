@@ -19,6 +19,7 @@ from fastenc.triton_kernels import (
     span_candidates,
     span_pool,
     span_score,
+    token_score,
     varlen_attention,
 )
 
@@ -75,6 +76,19 @@ def call_span_score(size: int, labels: int, dtype: torch.dtype, dropout: bool = 
     options = (0.4, torch.zeros(1, dtype=torch.int64)) if dropout else (0.0, None)
     out = span_score.span_score_fwd(*tensors, _cu(), 12, bias, *options)
     span_score.span_score_bwd(out, *tensors, _cu(), 12, *options)
+
+
+def call_token_score(
+    size: int, factors: int, labels: int, dtype: torch.dtype, dropout: bool = False
+) -> None:
+    token, s = torch.empty(64, size, dtype=dtype), torch.empty(64, factors, dtype=dtype)
+    label = torch.empty(8, labels, size, dtype=dtype)
+    t = torch.empty(8, labels, factors, dtype=dtype)
+    weight, outs = torch.empty(size, factors, dtype=dtype), torch.empty(3, size, dtype=dtype)
+    options = (0.3, torch.zeros(1, dtype=torch.int64)) if dropout else (0.0, None)
+    tensors = token, label, s, t, weight, outs, _cu()
+    out = token_score.token_score_fwd(*tensors, torch.empty(3, dtype=dtype), *options)
+    token_score.token_score_bwd(out, *tensors, *options)
 
 
 def call_span_candidates(size: int, labels: int, dtype: torch.dtype) -> None:
@@ -150,6 +164,7 @@ def default_calls() -> dict[str, list[Call]]:
             bind(call_span_score, 2048, 10, BF16),
             bind(call_span_score, 2048, 1000, BF16),
         ],
+        "token_score": [bind(call_token_score, 2048, 512, 25, BF16)],
         "span_candidates": [bind(call_span_candidates, 2048, 10, BF16)],
     }
 
@@ -173,6 +188,11 @@ def all_calls() -> list[Call]:
     for terms in ((True, False), (False, True), (False, False)):
         calls.append(bind(call_disentangled, 64, BF16, terms))
     calls.append(bind(call_disentangled, 64, FP16))
+    for (size, factors), labels, dtype, dropout in itertools.product(
+        ((2048, 512), (3072, 768)), (1, 25), (BF16, FP32), (False, True)
+    ):
+        calls.append(bind(call_token_score, size, factors, labels, dtype, dropout))
+    calls.append(bind(call_token_score, 2048, 512, 25, FP16, True))
     for size, dtype in itertools.product((2048, 3072), (BF16, FP32)):
         calls.append(bind(call_span_pool, size, dtype))
     for labels, dropout in itertools.product((1, 10, 25, 60, 1000), (False, True)):
