@@ -29,11 +29,24 @@ ACCESSES = {
     "segment_pool_mean_kernel": (1, 1),
     "segment_pool_max_kernel": (1, 2),
     "segment_pool_bwd_kernel": (1, 1),
+    "span_pool_fwd_kernel": (2, 1),
+    "span_pool_bwd_kernel": (6, 2),
+    "span_score_fwd_kernel": (3, 0),
+    "span_candidates_kernel": (3, 0),
+    "span_words_bwd_kernel": (1, 0),
+    "span_labels_bwd_kernel": (2, 0),
 }
-# Kernels that multiply: fp32 by FMA, else on the tensor cores; tiles arrive by 16-byte cp.async.
-TILE_KERNELS = (
-    "varlen_attention_fwd_kernel", "varlen_attention_dq_kernel", "varlen_attention_dkdv_kernel",
-)  # fmt: skip
+# Kernels that multiply, how many of each there are, and the instructions that each has at least:
+# FFMA in fp32, else HMMA and LDSM; 16-byte cp.async and stores. Rows of spans are made, not copied.
+TILE_KERNELS = {
+    "varlen_attention_fwd_kernel": (12, 256, 32, 16, 4, 1),  # dtypes, padded head_dim
+    "varlen_attention_dq_kernel": (12, 256, 32, 16, 4, 1),
+    "varlen_attention_dkdv_kernel": (12, 256, 32, 16, 4, 1),
+    "span_score_fwd_kernel": (12, 64, 16, 12, 0, 0),  # dtypes, vector widths, labels of a tile
+    "span_candidates_kernel": (12, 64, 16, 12, 0, 0),  # dtypes, vector widths, count or write
+    "span_words_bwd_kernel": (12, 64, 32, 16, 0, 0),  # dtypes, vector widths, starts or ends
+    "span_labels_bwd_kernel": (6, 64, 32, 16, 0, 0),
+}
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 
@@ -228,15 +241,16 @@ def test_vector_kernels_move_16_bytes(kernels, arch, stem):
 @pytest.mark.parametrize("arch", [f"sm_{a}" for a in ARCHS])
 @pytest.mark.parametrize("stem", TILE_KERNELS)
 def test_tile_kernels_use_the_units_they_should(kernels, arch, stem):
+    kinds, ffma, hmma, ldsm, copies, stores = TILE_KERNELS[stem]
     chosen = [k for k in kernels[arch] if k.stem == stem]
-    assert len(chosen) == 3 * 4  # dtypes, padded head_dim
+    assert len(chosen) == kinds
     for k in chosen:
         uses = Counter({op: count(k, op) for op in ("HMMA", "LDSM", "FFMA", "LDGSTS.E.BYPASS.128")})
         if "float" in k.name:
-            assert uses["HMMA"] == 0 and uses["FFMA"] >= 256, f"{k.name}: {uses}"
+            assert uses["HMMA"] == 0 and uses["FFMA"] >= ffma, f"{k.name}: {uses}"
         else:
-            assert uses["HMMA"] >= 32 and uses["LDSM"] >= 16, f"{k.name}: {uses}"
-        assert uses["LDGSTS.E.BYPASS.128"] >= 4 and wide(k, "STG") >= 1, f"{k.name}: {k.opcodes}"
+            assert uses["HMMA"] >= hmma and uses["LDSM"] >= ldsm, f"{k.name}: {uses}"
+        assert uses["LDGSTS.E.BYPASS.128"] >= copies and wide(k, "STG") >= stores, f"{k.name}"
 
 
 def count(kernel: Kernel, opcode: str) -> int:
@@ -291,7 +305,8 @@ glob.glob = lambda p, **k: ([library] if built == "1" else []) if "_cuda" in p e
 import fastenc
 from fastenc.ops import _library
 OPS = ("geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention",
-       "rope_varlen_attention")
+       "rope_varlen_attention", "span_pool", "span_score", "span_candidates")
+suffixes = lambda op: ("fwd",) if op == "span_candidates" else ("fwd", "bwd")
 def serves(name):
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 """
@@ -299,7 +314,7 @@ def serves(name):
 SERVED = """
 for op in OPS:
     assert fastenc.backends()[op]["cuda"] == "available", fastenc.backends()[op]
-    for suffix in ("fwd", "bwd"):
+    for suffix in suffixes(op):
         assert _library.serves_cuda(f"{op}_{suffix}")
         assert serves(f"fastenc::{op}_{suffix}") and serves(f"fastenc_cuda::{op}_{suffix}")
 # What the library has no kernel for goes to Triton, or is refused where it was asked for.
@@ -334,6 +349,21 @@ with fastenc.record() as record:
     else:
         raise AssertionError("a CPU tensor was accepted")
 assert record.calls == {"geglu": {"cuda": 1}}, record.calls
+# The span ops take the arguments of their schemas, and refuse before they touch memory.
+words, labels, cu = torch.zeros(3, 8), torch.zeros(1, 2, 8), torch.tensor([0, 3]).int()
+for name, arguments in {
+    "span_pool_fwd": (words, words, cu, 2),
+    "span_pool_bwd": (torch.zeros(3, 2, 8), words, words, cu, 2),
+    "span_score_fwd": (words, words, labels, cu, 2, None, 0.0, None),
+    "span_score_bwd": (torch.zeros(3, 2, 2), words, words, labels, cu, 2, 0.0, None),
+    "span_candidates_fwd": (words, words, labels, cu, 2, 0.5, None),
+}.items():
+    try:
+        getattr(torch.ops.fastenc, name).default.redispatch(cuda_key, *arguments)
+    except RuntimeError as error:
+        assert "expected a CUDA tensor" in str(error), error
+    else:
+        raise AssertionError("a CPU tensor was accepted")
 """
 
 NOT_SERVED = """

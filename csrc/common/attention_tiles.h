@@ -16,7 +16,7 @@ constexpr int32_t kUnlimited = 1 << 30;
 struct AttentionTile {
   int32_t seq;
   int32_t start;   // packed row of the sequence's first token
-  int32_t length;  // of the sequence
+  int32_t length;  // of the sequence, in rows
   int32_t first;   // row of the tile, within the sequence; >= length: nothing to do
 };
 
@@ -24,24 +24,26 @@ FASTENC_HD constexpr int64_t attention_slots(int64_t total_tokens, int64_t num_s
   return total_tokens / rows + num_seqs;
 }
 
-FASTENC_HD int64_t first_slot(const int32_t* edges, int64_t seq, int rows) {
-  return edges[seq] / rows + seq;
+// `scale`: rows of a token (spans of a word).
+FASTENC_HD int64_t first_slot(const int32_t* edges, int64_t seq, int rows, int64_t scale = 1) {
+  return edges[seq] * scale / rows + seq;
 }
 
 // Needs 0 <= slot < attention_slots(...).
-FASTENC_HD AttentionTile locate_tile(const int32_t* edges, int32_t num_seqs, int64_t slot,
-                                     int rows) {
+FASTENC_HD AttentionTile locate_tile(const int32_t* edges, int32_t num_seqs, int64_t slot, int rows,
+                                     int64_t scale = 1) {
   int32_t low = 0, high = num_seqs;  // first_slot(low) <= slot < first_slot(high)
   while (high - low > 1) {
     const int32_t middle = low + (high - low) / 2;
-    if (first_slot(edges, middle, rows) <= slot) {
+    if (first_slot(edges, middle, rows, scale) <= slot) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const int64_t first = (slot - first_slot(edges, low, rows)) * rows;
-  return {low, edges[low], edges[low + 1] - edges[low], static_cast<int32_t>(first)};
+  const int64_t first = (slot - first_slot(edges, low, rows, scale)) * rows;
+  return {low, edges[low], static_cast<int32_t>((edges[low + 1] - edges[low]) * scale),
+          static_cast<int32_t>(first)};
 }
 
 struct Range {

@@ -104,6 +104,85 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kColumns / 8][4
   }
 }
 
+// acc (16, kColumns) += left (16, kDepth) right, right (kDepth, kColumns).
+template <int kColumns, int kDepth, typename T, bool kHeld>
+__device__ __forceinline__ void multiply_rows(float (&acc)[kColumns / 8][4],
+                                              const LeftRows<T, kDepth, kHeld>& left,
+                                              const T* right, int pitch) {
+  if constexpr (sizeof(T) == 2) {
+    const int matrix = lane_id() / 8;
+    const T* row = right + (matrix % 2 * 8 + lane_id() % 8) * pitch + matrix / 2 * 8;
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      uint32_t a[4];
+      left.fragment(k, a);
+#pragma unroll
+      for (int n = 0; n < kColumns / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4<true>(b, row + k * 16 * pitch + n * 16);
+        mma_m16n8k16<T>(acc[2 * n], a, b[0], b[1]);
+        mma_m16n8k16<T>(acc[2 * n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    const T* column = right + pair_column();
+#pragma unroll 1
+    for (int k = 0; k < kDepth; k += 4) {
+      float upper[4], lower[4];
+      left.at(k, upper, lower);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+          const float2 b = *reinterpret_cast<const float2*>(column + (k + i) * pitch + n * 8);
+          acc[n][0] = fmaf(upper[i], b.x, acc[n][0]);
+          acc[n][1] = fmaf(upper[i], b.y, acc[n][1]);
+          acc[n][2] = fmaf(lower[i], b.x, acc[n][2]);
+          acc[n][3] = fmaf(lower[i], b.y, acc[n][3]);
+        }
+      }
+    }
+  }
+}
+
+// acc (16, kColumns) += left^T right; left (kDepth, 16 of its columns), right (kDepth, kColumns).
+template <int kColumns, int kDepth, typename T>
+__device__ __forceinline__ void multiply_columns(float (&acc)[kColumns / 8][4], const T* left,
+                                                 const T* right, int left_pitch, int pitch) {
+  const int matrix = lane_id() / 8, within = lane_id() % 8;
+  if constexpr (sizeof(T) == 2) {
+    const T* a_row = left + (matrix / 2 * 8 + within) * left_pitch + matrix % 2 * 8;
+    const T* b_row = right + (matrix % 2 * 8 + within) * pitch + matrix / 2 * 8;
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      uint32_t a[4];
+      ldmatrix_x4<true>(a, a_row + k * 16 * left_pitch);
+#pragma unroll
+      for (int n = 0; n < kColumns / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4<true>(b, b_row + k * 16 * pitch + n * 16);
+        mma_m16n8k16<T>(acc[2 * n], a, b[0], b[1]);
+        mma_m16n8k16<T>(acc[2 * n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int k = 0; k < kDepth; ++k) {
+      const float upper = left[k * left_pitch + group_id()];
+      const float lower = left[k * left_pitch + group_id() + 8];
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float2 b =
+            *reinterpret_cast<const float2*>(right + k * pitch + n * 8 + pair_column());
+        acc[n][0] = fmaf(upper, b.x, acc[n][0]);
+        acc[n][1] = fmaf(upper, b.y, acc[n][1]);
+        acc[n][2] = fmaf(lower, b.x, acc[n][2]);
+        acc[n][3] = fmaf(lower, b.y, acc[n][3]);
+      }
+    }
+  }
+}
+
 // acc (16, kColumns) += weights (16, kDepth) right, right (kDepth, kColumns); the weights are
 // accumulators of an earlier product, rounded to T. `staging`: for float, 16 rows of shared memory
 // of this warp's own.
@@ -140,24 +219,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4],
       own[8 * kStagingPitch + n * 8 + 1] = weights[n][3];
     }
     __syncwarp();
-    const LeftRows<float, kDepth, false> left(staging, kStagingPitch);
-    const T* column = right + pair_column();
-#pragma unroll 1
-    for (int k = 0; k < kDepth; k += 4) {
-      float upper[4], lower[4];
-      left.at(k, upper, lower);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int n = 0; n < kColumns / 8; ++n) {
-          const float2 b = *reinterpret_cast<const float2*>(column + (k + i) * pitch + n * 8);
-          acc[n][0] = fmaf(upper[i], b.x, acc[n][0]);
-          acc[n][1] = fmaf(upper[i], b.y, acc[n][1]);
-          acc[n][2] = fmaf(lower[i], b.x, acc[n][2]);
-          acc[n][3] = fmaf(lower[i], b.y, acc[n][3]);
-        }
-      }
-    }
+    multiply_rows<kColumns, kDepth>(acc, LeftRows<float, kDepth, false>(staging, kStagingPitch),
+                                    right, pitch);
   }
 }
 
