@@ -53,6 +53,12 @@ def _small(need: Need, chip: Chip) -> bool:
     return chip.shared < (100_000 if need.head_dim <= 64 else 165_000)
 
 
+def _spilling(need: Need, chip: Chip) -> bool:
+    """Whether 32 x 32 tiles keep in registers what 64 x 64 tiles spill (compiled for sm_90, not
+    timed); tcgen05 needs the wider tile, and wider heads spill in both."""
+    return chip.backend == "cuda" and chip.arch < 100 and need.head_dim <= 64
+
+
 def forward(need: Need, chip: Chip) -> Launches:
     if chip.backend == "cpu":
         return INTERPRETED
@@ -60,6 +66,8 @@ def forward(need: Need, chip: Chip) -> Launches:
         return (Launch(32, 32, 8),) if need.head_dim <= 128 else (Launch(16, 16, 4),)
     if need.head_dim > 128:
         return (Launch(64, 16, 8),)
+    if _spilling(need, chip):
+        return (Launch(32, 32, 4), Launch(32, 32, 8))
     return (Launch(64, 64, 8), Launch(64, 64, 4))
 
 
@@ -71,6 +79,8 @@ def backward(need: Need, chip: Chip) -> Launches:
         return (Launch(32, 32, 8),) if need.head_dim <= 64 else (Launch(16, 16, 4),)
     if need.head_dim > 128:
         return (Launch(64, 16, 8),)
+    if _spilling(need, chip):
+        return (Launch(32, 32, 4), Launch(32, 32, 8))
     if _small(need, chip):
         return (Launch(32, 32, 4),)
     return (Launch(64, 64, 8),)
@@ -82,6 +92,8 @@ def tables(need: Need, chip: Chip) -> Launch:
         return INTERPRETED[0]
     if need.fp32 or need.head_dim > 128:
         return Launch(32, 32, 8) if need.head_dim <= 64 else Launch(16, 16, 4)
+    if _spilling(need, chip):
+        return Launch(32, 32, 8)
     if _small(need, chip):
         return Launch(32, 32, 4)
     return Launch(64, 64, 8)
