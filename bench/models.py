@@ -140,6 +140,8 @@ def checked(
             start = time.perf_counter()
             out = run(ids, mask)
             seconds[name] = time.perf_counter() - start
+            if "compile" in name and seconds[name] > ONCE_PAST:  # the first call compiled
+                seconds[name] = measure.seconds(lambda run=run: run(ids, mask))
             error = max_error(out[mask.bool()], exact[mask.bool()])
         except Exception as failure:
             failures[name] = f"{type(failure).__name__}: {str(failure)[:200]}"
