@@ -52,10 +52,10 @@ def row_figures(model, runners, row: models.Row, rounds: int, clock) -> dict[str
     tokens = sum(row.lengths)
     calls = {name: lambda run=run: run(ids, mask) for name, run in runners.items()}
     calls["linear layers"] = models.linear_layers(model, tokens)
-    calls["matrix rate"] = models.matrix_product()
+    calls["matrix rate"] = measure.matrix_product()
     times = measure.interleaved(calls, rounds, clock=clock)
     spent = {name: measure.median(samples) for name, samples in times.items()}
-    rate = models.MATRIX_FLOPS / spent.pop("matrix rate")
+    rate = measure.MATRIX_FLOPS / spent.pop("matrix rate")
     linear = spent.pop("linear layers")
     floor = linear + models.attention_flops(model.config, row.lengths) / rate
     return {

@@ -167,7 +167,7 @@ def write_docs() -> None:
         "# Benchmarks",
         "Made by `make bench` from the JSON files in `bench/results/`; do not edit by hand. Every "
         "row compares things run interleaved in one process; figures are medians. The floor is the "
-        "linear layers alone plus the attention's FLOPs at the rate of torch's linear, measured in "
+        "linear layers alone plus the attention's FLOPs at the rate of a linear layer, measured in "
         "the same run.",
     ]
     for name, results in newest().items():

@@ -109,3 +109,74 @@ def test_accelerate_packs_on_request_and_restore_undoes_it():
         torch.testing.assert_close(model(ids).last_hidden_state, plain)
         fastenc.restore(model)
     assert type(model) is BertModel and {type(m) for m in layers} == {nn.Linear}
+
+
+@pytest.fixture
+def onednn_is_faster(monkeypatch):
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: True)
+
+
+def products(run) -> int:
+    """How often ``run`` takes oneDNN's product."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sum(e.count for e in profile.key_averages() if e.key == "mkldnn::_linear_pointwise")
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (130,), (2, 5), (3, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_layers_take_the_faster_product(onednn_is_faster, rows, bias):
+    layer, x = nn.Linear(40, 24, bias=bias), torch.randn(*rows, 40)
+    with torch.no_grad():
+        taken = products(lambda: linear.linear(layer, x))
+        y, plain = linear.linear(layer, x), layer(x)
+        exact = copy.deepcopy(layer).double()(x.double())
+    assert taken == (x.numel() > 0)
+    testing.assert_parity("out", y, plain, exact)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_whatever_else_is_called(onednn_is_faster):
+    x = torch.randn(3, 40)
+
+    def taken(layer, x=x):
+        with torch.no_grad():
+            return products(lambda: linear.linear(layer, x))
+
+    hooked = nn.Linear(40, 24)
+    seen = []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    assert taken(hooked) == 0 and seen
+    doubled = Doubled(40, 24)
+    assert taken(doubled) == 0
+    with torch.no_grad():
+        assert torch.equal(linear.linear(doubled, x), doubled(x))
+    plain = nn.Linear(40, 24)
+    assert taken(plain) == 1
+    assert products(lambda: linear.linear(plain, x)) == 0  # gradients are asked for
+    linear.linear(plain, x).sum().backward()
+    assert plain.weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert taken(plain) == 0
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert taken(plain) == 0
+    assert taken(nn.Linear(40, 24, dtype=torch.float64), x.double()) == 0
+
+
+def test_models_take_it(onednn_is_faster):
+    """Six products a BERT layer, four a ModernBERT layer."""
+    from transformers import BertConfig, ModernBertConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "vocab_size": 50}  # fmt: skip
+    special = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+    bert = fastenc.BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
+    modern = fastenc.ModernBertModel(ModernBertConfig(**sizes, **special)).eval()
+    ids = torch.arange(5, 12).unsqueeze(0)
+    with torch.inference_mode():
+        assert products(lambda: bert(input_ids=ids)) == 12
+        assert products(lambda: modern(input_ids=ids)) == 8

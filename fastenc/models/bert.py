@@ -18,6 +18,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
 from fastenc.nn import VarlenBatch
+from fastenc.nn.linear import linear
 from fastenc.ops import _checks, add_layer_norm, varlen_attention
 
 
@@ -51,23 +52,28 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
     """(T, hidden) -> (T, hidden)."""
     attn = layer.attention.self
     heads = (attn.num_attention_heads, attn.attention_head_size)
-    q, k, v = (project(x).unflatten(-1, heads) for project in (attn.query, attn.key, attn.value))
+    projections = (attn.query, attn.key, attn.value)
+    q, k, v = (linear(project, x).unflatten(-1, heads) for project in projections)
     dropout_p = attn.dropout.p if attn.training else 0.0
     mixed = varlen_attention(
         q, k, v, batch.cu_seqlens, batch.max_seqlen, scale=attn.scaling, dropout_p=dropout_p
     )
     x = _add_norm(layer.attention.output, mixed.flatten(1), x)
-    return _add_norm(layer.output, layer.intermediate(x), x)
+    return _add_norm(layer.output, _widen(layer.intermediate, x), x)
 
 
 def _bound(layer: nn.Module, batch: VarlenBatch):
     return lambda x: _layer(layer, x, batch)
 
 
+def _widen(intermediate: nn.Module, x: Tensor) -> Tensor:
+    return intermediate.intermediate_act_fn(linear(intermediate.dense, x))
+
+
 def _add_norm(output: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """``LayerNorm(dropout(dense(x)) + residual)`` with the modules of ``output``."""
     norm = output.LayerNorm
-    branch = output.dropout(output.dense(x))
+    branch = output.dropout(linear(output.dense, x))
     return add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)[0]
 
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
-from fastenc.models.bert import _add_norm, _check_positions, rows_with_positions
+from fastenc.models.bert import _add_norm, _check_positions, _widen, rows_with_positions
 from fastenc.nn import VarlenBatch
+from fastenc.nn.linear import linear
 from fastenc.ops import disentangled_attention, varlen_attention
 from fastenc.ops._disentangled_ref import relative_index
 
@@ -60,7 +61,7 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, relative: _Relative)
     attn = layer.attention.self
     heads = (attn.num_attention_heads, attn.attention_head_size)
     q, k, v = (
-        project(x).unflatten(-1, heads)
+        linear(project, x).unflatten(-1, heads)
         for project in (attn.query_proj, attn.key_proj, attn.value_proj)
     )
     options = {
@@ -75,7 +76,7 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, relative: _Relative)
     else:
         mixed = varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **options)
     x = _add_norm(layer.attention.output, mixed.flatten(1), x)
-    return _add_norm(layer.output, layer.intermediate(x), x)
+    return _add_norm(layer.output, _widen(layer.intermediate, x), x)
 
 
 @functools.lru_cache(maxsize=64)

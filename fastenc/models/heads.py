@@ -26,6 +26,7 @@ from fastenc.models._base import PackedModel
 from fastenc.models._loading import StrictLoading
 from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._takeover import our_class
+from fastenc.nn.linear import linear
 
 
 class PackedHead(StrictLoading):
@@ -120,7 +121,7 @@ XLMRobertaForQuestionAnswering = _packed_head(
 
 
 def _modernbert_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
-    return {"logits": model.decoder(model.head(hidden))}
+    return {"logits": linear(model.decoder, model.head(hidden))}
 
 
 def _bert_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpo
 from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
+from fastenc.nn.linear import linear
 from fastenc.ops import (
     _checks,
     add_layer_norm,
@@ -81,11 +82,11 @@ def _layer(
     """One layer on the residual stream ``x`` and what is still to be added to it."""
     normed, x = _norm(layer.attn_norm, x, branch)
     attn = layer.attn
-    qkv = attn.Wqkv(normed).unflatten(-1, (3, -1, attn.head_dim))
+    qkv = linear(attn.Wqkv, normed).unflatten(-1, (3, -1, attn.head_dim))
     mixed = _attend(attn, qkv, batch, turn).flatten(1)
-    normed, x = _norm(layer.mlp_norm, x, attn.out_drop(attn.Wo(mixed)))
+    normed, x = _norm(layer.mlp_norm, x, attn.out_drop(linear(attn.Wo, mixed)))
     mlp = layer.mlp
-    return x, mlp.Wo(mlp.drop(_gate(mlp, mlp.Wi(normed))))
+    return x, linear(mlp.Wo, mlp.drop(_gate(mlp, linear(mlp.Wi, normed))))
 
 
 def _whole_layer(layer: nn.Module, batch: VarlenBatch, turn: _Turn):

@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
 from fastenc.models._base import CallOptions, PackedInputs
-from fastenc.models.bert import PackedBert, _add_norm, _embed
+from fastenc.models.bert import PackedBert, _add_norm, _embed, _widen
 from fastenc.nn import VarlenBatch
+from fastenc.nn.linear import linear
 from fastenc.ops import add_layer_norm, varlen_attention
 
 BUCKETS = 32
@@ -52,15 +53,15 @@ def _layer(layer: nn.Module, x: Tensor, rel_bias: Tensor, batch: VarlenBatch) ->
     """(T, hidden) -> (T, hidden); rel_bias (heads, buckets)."""
     outer, attn = layer.attention, layer.attention.attn
     heads = (attn.num_attention_heads, attn.attention_head_size)
-    q, k, v = (project(x).unflatten(-1, heads) for project in (attn.q, attn.k, attn.v))
+    q, k, v = (linear(project, x).unflatten(-1, heads) for project in (attn.q, attn.k, attn.v))
     dropout_p = attn.dropout.p if attn.training else 0.0
     mixed = varlen_attention(
         q, k, v, batch.cu_seqlens, batch.max_seqlen, dropout_p=dropout_p, rel_bias=rel_bias
     )
-    branch = outer.dropout(attn.o(mixed.flatten(1)))
+    branch = outer.dropout(linear(attn.o, mixed.flatten(1)))
     norm = outer.LayerNorm
     x = add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps)[0]
-    return _add_norm(layer.output, layer.intermediate(x), x)
+    return _add_norm(layer.output, _widen(layer.intermediate, x), x)
 
 
 class _Holes(ValueError):
