@@ -135,6 +135,27 @@ def test_plain_layers_take_the_faster_product(onednn_is_faster, rows, bias):
     testing.assert_parity("out", y, plain, exact)
 
 
+def test_matrices_with_gaps(onednn_is_faster):
+    weight = torch.randn(24, 80)[:, :40]
+    for x in (torch.randn(130, 40), torch.randn(40, 130).T, torch.randn(3, 40)):
+        with torch.no_grad():
+            y, plain = linear.product(x, weight), nn.functional.linear(x, weight)
+        testing.assert_parity("out", y, plain, x.double() @ weight.double().T)
+
+
+def test_onednn_sees_no_gaps(onednn_is_faster, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        linear, "_product", lambda x, w, b: seen.append(x.is_contiguous() and w.is_contiguous())
+    )
+    weight = torch.randn(24, 80)
+    with torch.no_grad():
+        linear.product(torch.randn(40, 130).T, weight[:, :40])
+        linear.product(torch.randn(40, 3).T, weight[:, :40].contiguous())
+        linear.product(torch.randn(3, 40), weight[:, :40])  # few rows: not worth a copy
+    assert seen == [True, True]
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastenc.nn.linear import product
 from fastenc.ops import span_candidates, span_score
 
 Hits = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -97,13 +98,13 @@ def _fold(layer: nn.Module, words: Words, prompts: Tensor) -> tuple[Tensor, Tens
     """start, end (words, R), labels (num_seqs, C, R) and label_bias (num_seqs, C) of span_score."""
     first, last = layer.out_project[0], layer.out_project[3]
     d = words.x.shape[-1]
-    start = F.linear(layer.project_start(words.x).relu(), first.weight[:, :d])
-    end = F.linear(layer.project_end(words.x).relu(), first.weight[:, d : 2 * d], first.bias)
+    start = product(layer.project_start(words.x).relu(), first.weight[:, :d])
+    end = product(layer.project_end(words.x).relu(), first.weight[:, d : 2 * d], first.bias)
     context = _context(layer, words)
     if context is not None:
-        end = end + words.spread(F.linear(context.relu(), first.weight[:, 2 * d :]))
-    labels = F.linear(prompts, last.weight.T)
-    bias = F.linear(prompts, last.bias.unsqueeze(0)).squeeze(-1)
+        end = end + words.spread(product(context.relu(), first.weight[:, 2 * d :]))
+    labels = product(prompts, last.weight.T)
+    bias = product(prompts, last.bias.unsqueeze(0)).squeeze(-1)
     return (
         start,
         end,
@@ -136,8 +137,8 @@ def _separable(layer: nn.Module, words: Words, prompts: Tensor, max_width: int) 
     """SpanMarker has no hidden layer: its logits are a start's plus an end's."""
     d = words.x.shape[-1]
     weight, bias = layer.out_project.weight, layer.out_project.bias
-    start = F.linear(layer.project_start(words.x).relu(), weight[:, :d])
-    end = F.linear(layer.project_end(words.x).relu(), weight[:, d:], bias)
+    start = product(layer.project_start(words.x).relu(), weight[:, :d])
+    end = product(layer.project_end(words.x).relu(), weight[:, d:], bias)
     edges = [0, *itertools.accumulate(words.lengths)]
     out = [words.x.new_zeros(0, max_width, prompts.shape[1])]
     for seq, (first, stop) in enumerate(itertools.pairwise(edges)):

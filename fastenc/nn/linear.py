@@ -40,16 +40,32 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     if (
         not torch.compiler.is_compiling()
         and type(layer) is nn.Linear
-        and layer.weight.dtype == torch.float32
         and type(layer.weight) is nn.Parameter
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and not torch_modules._has_any_global_hook()
-        and _for_inference(x, layer.weight)
+    ):
+        return product(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, weight, bias)``; in fp32 without gradients by the faster product.
+
+    oneDNN falls to a reference loop where a matrix has gaps: it is copied, but a weight with gaps
+    for few rows stays with MKL.
+    """
+    if (
+        _for_inference(x, weight)
+        and x.dtype == torch.float32
+        and (weight.is_contiguous() or x.numel() >= _COPY_FROM_ROWS * x.shape[-1])
         and prefers_onednn()
     ):
-        return _product(x, layer.weight, layer.bias)
-    return layer(x)
+        return _product(x.contiguous(), weight.contiguous(), bias)
+    return F.linear(x, weight, bias)
+
+
+_COPY_FROM_ROWS = 64
 
 
 @functools.cache

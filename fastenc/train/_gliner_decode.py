@@ -1,7 +1,6 @@
 """Logits of a packed batch to flat entities in words, for evaluation.
 
-gliner's greedy search (0.2.29, decoding/decoder.py): candidates by falling score, none that
-overlaps one before it.
+gliner's greedy search (0.2.29, decoding/decoder.py), by csrc/host/entities.cpp.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import itertools
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastenc import _C
 
 WordEntity = tuple[int, int, int, float]
 """First word, last word (inclusive), label, probability."""
@@ -31,43 +32,19 @@ def entities_in_words(
         word_lengths, num_labels: of each sequence; columns past its labels are ignored.
     """
     probability = torch.sigmoid(logits.float()).cpu().numpy()
-    edges = [0, *itertools.accumulate(word_lengths)]
-    found = []
-    for count, (first, stop) in zip(num_labels, itertools.pairwise(edges), strict=True):
-        rows = probability[first:stop]
-        if token_level:
-            candidates = _token_candidates(rows[:, :count], threshold)
-        else:
-            rows = rows[..., :count]
-            start, width, label = np.nonzero(rows > threshold)
-            scores = rows[start, width, label]
-            candidates = list(
-                zip(*(x.tolist() for x in (start, start + width, label, scores)), strict=True)
-            )
-        found.append(_flat(candidates))
-    return found
-
-
-def _token_candidates(rows: np.ndarray, threshold: float) -> list[WordEntity]:
-    """Of (words, C, 3): a start, an end behind it, and every word between them inside."""
-    found = []
-    for word, label in zip(
-        *(x.tolist() for x in np.nonzero(rows[..., 0] > threshold)), strict=True
-    ):
-        least = float(rows[word, label, 0])
-        for last in range(word, len(rows)):
-            inside, end = float(rows[last, label, 2]), float(rows[last, label, 1])
-            if inside < threshold:
-                break
-            least = min(least, inside)
-            if end > threshold:
-                found.append((word, last, label, min(least, end)))
-    return found
-
-
-def _flat(candidates: list[WordEntity]) -> list[WordEntity]:
-    chosen: list[WordEntity] = []
-    for one in sorted(candidates, key=lambda c: -c[3]):
-        if all(one[1] < other[0] or one[0] > other[1] for other in chosen):
-            chosen.append(one)
-    return sorted(chosen)
+    edges = np.array([0, *itertools.accumulate(word_lengths)])
+    if token_level:
+        start, end, label, score, cuts = _C.token_spans(
+            probability, edges, np.array(num_labels), threshold
+        )
+    else:
+        used = np.repeat(num_labels, word_lengths)
+        exists = np.arange(probability.shape[2]) < used[:, None, None]
+        word, width, label = np.nonzero((probability > threshold) & exists)
+        score = probability[word, width, label]
+        cuts = np.searchsorted(word, edges)
+        start = word - np.repeat(edges[:-1], np.diff(cuts))
+        end = start + width
+    chosen, cuts = _C.select_spans(start, end, score, cuts, True, False)
+    rows = list(zip(*(x[chosen].tolist() for x in (start, end, label, score)), strict=True))
+    return [rows[first:stop] for first, stop in itertools.pairwise(cuts.tolist())]
