@@ -11,7 +11,7 @@ from model_tests import at, check_model, padded, telling
 
 import fastenc
 from fastenc.models import deberta
-from fastenc.nn import VarlenBatch
+from fastenc.nn import VarlenBatch, prepack
 from fastenc.testing import assert_parity
 
 # The shape of v3, small: no absolute positions, shared projections, normed relative embeddings.
@@ -128,8 +128,11 @@ def projected(monkeypatch) -> list[int]:
     return made
 
 
-def test_tables_are_kept_until_a_weight_changes(monkeypatch):
+@pytest.mark.parametrize("prepacked", [False, True])
+def test_tables_are_kept_until_a_weight_changes(prepacked, monkeypatch):
     ours, _ = pair()
+    if prepacked:
+        prepack(ours)
     inputs, made = inputs_of(), projected(monkeypatch)
     with torch.no_grad():
         first = ours(**inputs).last_hidden_state
@@ -148,6 +151,8 @@ def test_tables_are_kept_until_a_weight_changes(monkeypatch):
             assert made and not torch.equal(after, before)
             fresh = fastenc.DebertaV2Model(ours.config).eval()
             fresh.load_state_dict(ours.state_dict())
+            if prepacked:
+                prepack(fresh)
             assert torch.equal(fresh(**inputs).last_hidden_state, after)
 
 

@@ -26,7 +26,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
 from fastenc.models.bert import _add_norm, _check_positions, _widen, rows_with_positions
 from fastenc.nn import VarlenBatch
-from fastenc.nn.linear import linear
+from fastenc.nn.linear import PrepackedLinear, linear
 from fastenc.ops import disentangled_attention, varlen_attention
 from fastenc.ops._disentangled_ref import relative_index
 
@@ -126,6 +126,9 @@ def _reach(buckets: int, max_positions: int, max_seqlen: int) -> tuple[int, int]
 _kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tables]] = weakref.WeakKeyDictionary()
 
 
+_LINEAR = (nn.Linear, PrepackedLinear)
+
+
 class _Relative:
     """The position tables of the layers of ``encoder``.
 
@@ -177,7 +180,7 @@ class _Relative:
             torch.is_grad_enabled()
             or attn.training
             or torch.compiler.is_compiling()
-            or not all(type(p) is nn.Linear and not p._forward_hooks for p in projections)
+            or not all(type(p) in _LINEAR and not p._forward_hooks for p in projections)
         ):
             return None
         norm = getattr(self.encoder, "LayerNorm", None)
