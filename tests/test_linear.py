@@ -64,6 +64,24 @@ def test_the_packed_copy_follows_the_weight():
     assert_matches(module, x.bfloat16())
 
 
+@pytest.mark.parametrize("given", [{"fused": True}, {"foreach": True}, {}])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_packed_copy_follows_an_optimizer(kind, given):
+    """torch's fused steps leave the version counters where they were."""
+    layer = linear.prepack(nn.Linear(8, 5))
+    optimizer = kind(layer.parameters(), lr=0.5, **given)
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        with torch.no_grad():
+            before = layer(x)
+        layer(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            found = layer(x)
+        torch.testing.assert_close(found, nn.functional.linear(x, layer.weight, layer.bias))
+        assert not torch.allclose(found, before)
+
+
 def test_names_copies_and_the_way_back():
     module, x = make(), torch.randn(3, 40)
     assert_matches(module, x)

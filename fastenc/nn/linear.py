@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastenc.ops._registry import note_fallback
 
@@ -103,7 +104,8 @@ class PrepackedLinear(nn.Linear):
     """``nn.Linear`` whose weight is packed at its first use without gradients, on a CPU.
 
     The packed copy follows the weight: it is made again when the weight was changed in place (seen
-    by torch's version counter; changes through ``weight.data`` are not seen), moved or converted.
+    by torch's version counter, and after any optimizer's step; changes through ``weight.data`` are
+    not seen), moved or converted.
     With gradients, under autocast or compilation, or on another device it is a plain ``nn.Linear``.
     """
 
@@ -128,11 +130,25 @@ def _pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's layout, or None where this processor or dtype has none."""
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None
+    _count_fused_steps()
     try:
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         note_fallback(f"prepacked linear: {weight.dtype} weights stay as they are ({error})")
         return None
+
+
+@functools.cache
+def _count_fused_steps() -> None:
+    """From now on a fused optimizer's step moves the version counters, as other optimizers' do."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            changed = [p for p in group["params"] if p.grad is not None and not p.is_inference()]
+            torch.autograd.graph.increment_version(changed)
 
 
 def prepack(module: nn.Module) -> nn.Module:
