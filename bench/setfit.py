@@ -1,26 +1,28 @@
 """SetFit and sentence-transformers on a CPU, beside fastenc: real MiniLM weights, one process.
 
-``python -m bench.setfit`` writes bench/results/<machine>/setfit-<date>.json. Rows of one table are
-interleaved round by round; outputs are compared before anything is timed. ``--small`` takes a
-tenth of the texts: for trying the command, not for figures to quote.
+    python -m bench.setfit [--rows "bulk predict,single predict"] [--small]
+
+Writes its rows into bench/results/<machine>/setfit.json; bench.setfit_training adds training, and
+bench.setfit_report puts both in the README. What a row compares is interleaved round by round;
+outputs are compared before anything is timed. ``--small`` takes a tenth of the texts and writes
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import measure
+from bench import measure, setfit_report
 
 TEXTS, PAIRS, LONGEST = 2000, 400, 180
+ROWS = ("bulk predict", "single predict", "CrossEncoder bulk predict")
 TOLERANCE = 1e-4
 Calls = dict[str, Callable[[], Any]]
 
@@ -141,7 +143,9 @@ def interleaved(calls: Calls, rounds: int, least: float) -> dict[str, list[float
     return samples
 
 
-def inference(small: bool = False, progress: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def inference(
+    names: Sequence[str] = ROWS, small: bool = False, progress: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
     """Bulk predict, single predict, and a CrossEncoder's bulk predict."""
     scale = 10 if small else 1
     rounds = 2
@@ -149,22 +153,25 @@ def inference(small: bool = False, progress: Callable[[str], None] = print) -> l
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = setfit_models(folder / "setfit")
-        tokens = sum(map(len, models["fastenc.SetFitModel"].body.token_ids(texts)))
-        progress(f"bulk predict of {len(texts)} texts, {tokens} tokens")
-        bulk = {who: bulk_call(model, texts) for who, model in models.items()}
-        rows.append(row("bulk predict", bulk, rounds, 0.0, texts=len(texts), tokens=tokens))
-        progress("single predict")
-        one = texts[int(np.argsort([len(t) for t in texts])[len(texts) // 2])]
-        single = {who: bulk_call(model, one) for who, model in models.items()}
-        rows.append(row("single predict", single, 3 * rounds, 0.3, text=one))
+        models = setfit_models(folder / "setfit") if set(names) & set(ROWS[:2]) else {}
+        if ROWS[0] in names:
+            tokens = sum(map(len, models["fastenc.SetFitModel"].body.token_ids(texts)))
+            progress(f"{ROWS[0]} of {len(texts)} texts, {tokens} tokens")
+            bulk = {who: bulk_call(model, texts) for who, model in models.items()}
+            rows.append(row(ROWS[0], bulk, rounds, 0.0, texts=len(texts), tokens=tokens))
+        if ROWS[1] in names:
+            progress(ROWS[1])
+            one = texts[int(np.argsort([len(t) for t in texts])[len(texts) // 2])]
+            single = {who: bulk_call(model, one) for who, model in models.items()}
+            rows.append(row(ROWS[1], single, 3 * rounds, 0.3, text=one))
         del models
-        halves = mixed_texts(2 * PAIRS // scale, seed=2)
-        pairs = list(zip(halves[::2], halves[1::2], strict=True))
-        progress(f"CrossEncoder, {len(pairs)} pairs")
-        encoders = cross_encoders(folder / "pairs")
-        calls = {who: pair_call(model, pairs) for who, model in encoders.items()}
-        rows.append(row("CrossEncoder bulk predict", calls, rounds, 0.0, pairs=len(pairs)))
+        if ROWS[2] in names:
+            halves = mixed_texts(2 * PAIRS // scale, seed=2)
+            pairs = list(zip(halves[::2], halves[1::2], strict=True))
+            progress(f"{ROWS[2]}, {len(pairs)} pairs")
+            encoders = cross_encoders(folder / "pairs")
+            calls = {who: pair_call(model, pairs) for who, model in encoders.items()}
+            rows.append(row(ROWS[2], calls, rounds, 0.0, pairs=len(pairs)))
     return rows
 
 
@@ -195,21 +202,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a tenth of the texts")
-    parser.add_argument("--no-training", action="store_true", help="only the rows of inference")
-    parser.add_argument("--out", type=Path, help="the JSON file, in place of the usual one")
-    args = parser.parse_args()
-    results = measure.stamp() | {"small": args.small, "inference": inference(args.small)}
-    print(table(results["inference"]))
-    if not args.no_training and importlib.util.find_spec("bench.setfit_training"):
-        from bench import setfit_training
-
-        # once each: the whole command stays under six minutes
-        results["training"] = setfit_training.training(args.small, repeats=1)
-    day = datetime.date.today().isoformat()
-    usual = measure.RESULTS / results["machine"]["name"] / f"setfit-{day}.json"
-    measure.write_json(args.out or usual, results)
-    print(f"written to {args.out or usual}")
+    parser.add_argument("--rows", default=",".join(ROWS), help="some of: " + ", ".join(ROWS))
+    parser.add_argument("--small", action="store_true", help="a tenth of the texts, not kept")
+    asked = parser.parse_args()
+    names = asked.rows.split(",")
+    if unknown := set(names) - set(ROWS):
+        parser.error(f"--rows: no {', '.join(sorted(unknown))}")
+    rows = inference(names, asked.small)
+    print(table(rows))
+    if not asked.small:
+        print(f"written to {setfit_report.keep('inference', {r['name']: r for r in rows})}")
 
 
 if __name__ == "__main__":

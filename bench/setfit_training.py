@@ -1,29 +1,27 @@
-"""Training speed and memory against setfit 1.2, interleaved in one run: under six minutes.
+"""Training speed and memory against setfit 1.2, interleaved in one run: about six minutes.
 
-    python -m bench.setfit_training [--repeats 3] [--small]
+    python -m bench.setfit_training [--rows "exact 2x8,block 6x8"] [--repeats 3] [--small]
 
-MiniLM's weights, texts of the Debian extract, dropout on, no checkpoints, no logging. Times are of
-``train()`` alone, the median of the repeats; both libraries alternate. setfit's stage 1 at 6 x 64
-(7,680 steps) would take an hour: it is timed over its first ``STEPS`` steps and scaled. Peak memory
-is that of a process of its own, less what it held before training.
+Writes its rows into bench/results/<machine>/setfit.json. MiniLM's weights, texts of the Debian
+extract, dropout on, no checkpoints, no logging. Times are of ``train()`` alone, the median of the
+repeats; both libraries alternate. setfit's stage 1 at 6 x 64 (7,680 steps) would take an hour: it
+is timed over its first ``STEPS`` steps and scaled. Peak memory is that of a process of its own,
+less what it held before training.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 import fastenc
-from bench import setfit_data, setfit_peer
+from bench import setfit_data, setfit_peer, setfit_report
 from bench.accuracy_setfit import body_folder
 
 STEPS = 24
@@ -146,25 +144,35 @@ def measure(row: Row, repeats: int, memory: bool) -> dict[str, Any]:
     return result
 
 
-def training(small: bool = False, repeats: int = 3) -> dict[str, Any]:
-    """{row: seconds, ratio, goal, peak MiB}; ``small``: the first row once, no memory."""
+def training(
+    names: Sequence[str], small: bool = False, repeats: int = 3
+) -> dict[str, dict[str, Any]]:
+    """{row: seconds, ratio, goal, peak MiB}; ``small``: once, no memory, nothing kept."""
     setfit_peer.quiet()
     results = {}
-    for row in ROWS[:1] if small else ROWS:
+    for row in ROWS:
+        if row.name not in names:
+            continue
         # the longest row is steady: one pass over it keeps the run short
         count = 1 if small or row.name == "block 6x64" else repeats
         results[row.name] = measure(row, count, memory=not small)
         print(f"{row.name:12} {results[row.name]}", flush=True)
+        if not small:
+            setfit_report.keep("training", {row.name: results[row.name]})
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = [row.name for row in ROWS]
+    parser.add_argument("--rows", default=",".join(known), help="some of: " + ", ".join(known))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="the first row once, no memory")
+    parser.add_argument("--small", action="store_true", help="once, no memory, nothing kept")
     asked = parser.parse_args()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "rows": training(asked.small, asked.repeats)}))
+    names = asked.rows.split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"--rows: no {', '.join(sorted(unknown))}")
+    training(names, asked.small, asked.repeats)
 
 
 if __name__ == "__main__":
