@@ -29,7 +29,7 @@ def keep(kind: str, rows: dict[str, dict[str, Any]], path: Path | None = None) -
     """Put rows into the machine's setfit.json; those of other versions of the packages go.
 
     Args:
-        kind: "inference" or "training".
+        kind: "inference", "training" or "memory".
         rows: {name: figures}; each gets the date and the commit.
     """
     stamp = measure.stamp()
@@ -56,9 +56,8 @@ def speed_table(results: dict[str, Any]) -> str:
             cells = [f"{name}: {who}", _time(spent[peer]), _time(spent[who]), f"{ahead:.2f}x", "–"]
             lines.append(cells)
     for name, row in results.get("training", {}).items():
-        memory = "–"
-        if "fastenc_peak_mib" in row:
-            memory = f"{row['setfit_peak_mib']} / {row['fastenc_peak_mib']}"
+        held = results.get("memory", {}).get(name)
+        memory = f"{held['setfit_peak_mib']} / {held['fastenc_peak_mib']}" if held else "–"
         lines.append(
             [
                 f"train {name}", _time(row["setfit_seconds"]), _time(row["fastenc_seconds"]),

@@ -1,23 +1,25 @@
 """Training speed and memory against setfit 1.2, interleaved in one run: about six minutes.
 
-    python -m bench.setfit_training [--rows "exact 2x8,block 6x8"] [--repeats 3] [--small]
+    python -m bench.setfit_training [--rows "exact 2x8,block 6x8"] [--memory] [--small]
 
 Writes its rows into bench/results/<machine>/setfit.json. MiniLM's weights, texts of the Debian
 extract, dropout on, no checkpoints, no logging. Times are of ``train()`` alone, the median of the
 repeats; both libraries alternate. setfit's stage 1 at 6 x 64 (7,680 steps) would take an hour: it
-is timed over its first ``STEPS`` steps and scaled. Peak memory is that of a process of its own,
-less what it held before training.
+is timed over its first ``STEPS`` steps and scaled. ``--memory`` measures in place of the time the
+peak memory of a process of its own, less what it held before training, by Linux's VmHWM.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fastenc
@@ -117,20 +119,29 @@ RUN = {"fastenc": ours, "setfit": theirs}
 def peak(row: Row, library: str) -> float:
     """MiB that training adds to the peak of a fresh process."""
     code = (
-        "import resource, sys\n"
         "from bench import setfit_peer, setfit_training as t\n"
         "import sentence_transformers, setfit, sklearn.linear_model\n"
         "setfit_peer.quiet()\n"
         f"row = t.ROWS[{ROWS.index(row)}]\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = t.own_peak()\n"
         f"t.RUN[{library!r}](row, *t.examples(row.classes, row.shots))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(t.own_peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 1024
+    return float(done.stdout.split()[-1])
 
 
-def measure(row: Row, repeats: int, memory: bool) -> dict[str, Any]:
+def own_peak() -> float:
+    """MiB; not getrusage's ru_maxrss, which a process takes over from the one that started it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
+def memory(row: Row) -> dict[str, Any]:
+    return {f"{name}_peak_mib": round(peak(row, name)) for name in RUN}
+
+
+def measure(row: Row, repeats: int) -> dict[str, Any]:
     texts, labels = examples(row.classes, row.shots)
     times: dict[str, list[float]] = {name: [] for name in RUN}
     for _ in range(repeats):
@@ -138,28 +149,21 @@ def measure(row: Row, repeats: int, memory: bool) -> dict[str, Any]:
             times[name].append(run(row, texts, labels))
     medians = {name: statistics.median(found) for name, found in times.items()}
     result = {f"{name}_seconds": round(value, 3) for name, value in medians.items()}
-    result |= {"ratio": round(medians["setfit"] / medians["fastenc"], 2), "goal": row.goal}
-    if memory:
-        result |= {f"{name}_peak_mib": round(peak(row, name)) for name in RUN}
-    return result
+    return result | {"ratio": round(medians["setfit"] / medians["fastenc"], 2), "goal": row.goal}
 
 
-def training(
-    names: Sequence[str], small: bool = False, repeats: int = 3
-) -> dict[str, dict[str, Any]]:
-    """{row: seconds, ratio, goal, peak MiB}; ``small``: once, no memory, nothing kept."""
+def training(names: Sequence[str], what: str, repeats: int, kept: bool) -> None:
+    """Measure rows one by one, each kept when it is there; ``what``: "training" or "memory"."""
     setfit_peer.quiet()
-    results = {}
     for row in ROWS:
         if row.name not in names:
             continue
         # the longest row is steady: one pass over it keeps the run short
-        count = 1 if small or row.name == "block 6x64" else repeats
-        results[row.name] = measure(row, count, memory=not small)
-        print(f"{row.name:12} {results[row.name]}", flush=True)
-        if not small:
-            setfit_report.keep("training", {row.name: results[row.name]})
-    return results
+        count = 1 if row.name == "block 6x64" else repeats
+        found = memory(row) if what == "memory" else measure(row, count)
+        print(f"{row.name:12} {found}", flush=True)
+        if kept:
+            setfit_report.keep(what, {row.name: found})
 
 
 def main() -> None:
@@ -167,12 +171,14 @@ def main() -> None:
     known = [row.name for row in ROWS]
     parser.add_argument("--rows", default=",".join(known), help="some of: " + ", ".join(known))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="once, no memory, nothing kept")
+    parser.add_argument("--memory", action="store_true", help="peak memory, not time")
+    parser.add_argument("--small", action="store_true", help="once, nothing kept")
     asked = parser.parse_args()
     names = asked.rows.split(",")
     if unknown := set(names) - set(known):
         parser.error(f"--rows: no {', '.join(sorted(unknown))}")
-    training(names, asked.small, asked.repeats)
+    repeats = 1 if asked.small else asked.repeats
+    training(names, "memory" if asked.memory else "training", repeats, not asked.small)
 
 
 if __name__ == "__main__":
