@@ -1,4 +1,5 @@
-"""GLiNER beside the gliner package: ``python -m bench.gliner`` (``--toy``: small, not written).
+"""GLiNER beside the gliner package: ``python -m bench.gliner`` (``--toy``: small, not written;
+``--row training``: only rows whose name has that).
 
 Every row runs all peers interleaved, round by round, in one process; figures are medians. Entities
 are compared before anything is timed. Writes bench/results/<machine>/gliner-<date>.json, a few
@@ -8,12 +9,13 @@ minutes on two quiet cores.
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -250,26 +252,43 @@ def show(row: dict[str, Any]) -> None:
         print(f"  {name} did not run: {why}", flush=True)
 
 
-def run(rows: tuple[Row, ...], words: int, hidden: int, layers: int, rounds: int) -> list[dict]:
-    found = [head_alone(words, hidden, 10, rounds)]
-    show(found[-1])
-    for row in rows:
-        found.append(run_row(row))
-        show(found[-1])
-    found.append(training_step(words, layers, max(1, rounds // 2)))
-    show(found[-1])
-    return found
+def steps(
+    rows: tuple[Row, ...], words: int, hidden: int, layers: int, rounds: int
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """{name: what measures it}, in the order of the tables."""
+    return {
+        "head": lambda: head_alone(words, hidden, 10, rounds),
+        **{row.name: lambda row=row: run_row(row) for row in rows},
+        "training": lambda: training_step(words, layers, max(1, rounds // 2)),
+    }
 
 
-def main(toy: bool = typer.Option(False, help="toy sizes, nothing is written")) -> None:
+def main(
+    toy: Annotated[bool, typer.Option(help="toy sizes, nothing is written")] = False,
+    row: Annotated[list[str] | None, typer.Option(help="only these, by part of the name")] = None,
+) -> None:
+    """Rows that are not asked for stay as an earlier run of the same day left them."""
     if toy:
         small = tuple(replace(row, hidden=64) for row in TOY)
-        run(small, 24, 64, 1, 1)
+        for measured in steps(small, 24, 64, 1, 1).values():
+            show(measured())
         return
-    results = {**measure.stamp(), "gliner": run(ROWS, 384, 512, 6, 5)}
-    folder = measure.RESULTS / results["machine"]["name"]
-    path = folder / f"gliner-{results['date']}.json"
-    measure.write_json(path, results)
+    stamp = measure.stamp()
+    path = measure.RESULTS / stamp["machine"]["name"] / f"gliner-{stamp['date']}.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    found = {each["name"]: each for each in kept.get("gliner", ())}
+    order = []
+    for name, measured in steps(ROWS, 384, 512, 6, 5).items():
+        if not row or any(part in name for part in row):
+            result = measured() | {"commit": stamp["commit"]}
+            show(result)
+            found[result["name"]] = result
+        order.append(name)
+
+    def place(result: dict[str, Any]) -> int:
+        return next(i for i, name in enumerate(order) if result["name"].startswith(name))
+
+    measure.write_json(path, {**stamp, "gliner": sorted(found.values(), key=place)})
     print(path)
 
 

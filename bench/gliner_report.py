@@ -1,0 +1,65 @@
+"""``python -m bench.gliner_report``: GLiNER's figures put into the README between the gliner marks.
+
+They are those of the newest bench/results/<machine>/gliner-<date>.json: ``python -m bench.gliner``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from bench import measure
+from bench.report import DOCS, heading, markdown_table
+
+MARKS = re.compile(r"(<!-- gliner:[^>]*-->\n).*?(<!-- /gliner -->)", re.DOTALL)
+PEERS = {
+    "gliner int8": "gliner int8", "gliner ONNX": "gliner ONNX",
+    "folded, plain PyTorch": "folded head in plain PyTorch",
+}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a row: gliner and fastenc, and every other peer beside fastenc."""
+    lines = []
+    for row in rows:
+        spent, ahead = row["seconds"], row["ahead"]
+        others = [
+            f"{title} {_milliseconds(spent[name])} ({spent[name] / spent['fastenc']:.2f}x)"
+            for name, title in PEERS.items()
+            if name in spent
+        ]
+        others += [f"{name} does not run" for name in row.get("failures", {})]
+        accelerated = ahead.get("accelerate(gliner)")
+        lines.append(
+            [
+                row["name"], _milliseconds(spent["gliner"]), _milliseconds(spent["fastenc"]),
+                f"{ahead['fastenc']:.2f}x", f"{accelerated:.2f}x" if accelerated else "–",
+                "; ".join(others) or "–",
+            ]
+        )  # fmt: skip
+    head = ["", "gliner", "fastenc", "ahead by", "accelerate(gliner): ahead by", "beside fastenc"]
+    return markdown_table(head, lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"
+
+
+def main() -> None:
+    found = [json.loads(path.read_text()) for path in measure.RESULTS.glob("*/gliner-*.json")]
+    if not found:
+        raise SystemExit("no figures: python -m bench.gliner")
+    results = max(found, key=lambda each: each["date"])
+    readme = DOCS.parent / "README.md"
+    text, count = MARKS.subn(
+        lambda m: f"{m[1]}\n{table(results['gliner'])}\n\n{heading(results)}\n\n{m[2]}",
+        readme.read_text(encoding="utf-8"),
+    )
+    if count != 1:
+        raise SystemExit(f"README.md: expected one pair of gliner marks, found {count}")
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
