@@ -19,6 +19,11 @@ from bench.report import DOCS, heading, markdown_table
 ROOT = DOCS.parent
 MARKS = re.compile(r"(<!-- setfit:[^>]*-->\n).*?(<!-- /setfit -->)", re.DOTALL)
 OURS, THEIRS = "#0b6e4f", "#c44536"
+PEERS = ("setfit", "sentence-transformers")
+ORDER = (
+    "bulk predict", "single predict", "CrossEncoder bulk predict",
+    "exact 2x8", "block 6x8", "block 6x64", "head 6x8",
+)  # fmt: skip
 TASKS = {"debian": "Debian packages, 4 sections", "mails": "mails, spam or not"}
 
 
@@ -49,13 +54,13 @@ def keep(kind: str, rows: dict[str, dict[str, Any]], path: Path | None = None) -
 def speed_table(results: dict[str, Any]) -> str:
     """One line a comparison: seconds of setfit (or sentence-transformers) and of fastenc."""
     lines = []
-    for name, row in results.get("inference", {}).items():
-        peer, *others = row["seconds"]
-        for who in others:
-            ahead, spent = row["ahead"][who], row["seconds"]
-            cells = [f"{name}: {who}", _time(spent[peer]), _time(spent[who]), f"{ahead:.2f}x", "–"]
-            lines.append(cells)
-    for name, row in results.get("training", {}).items():
+    for name, row in in_order(results, "inference"):
+        spent = row["seconds"]
+        peer = next(who for who in PEERS if who in spent)
+        for who in sorted(spent.keys() - {peer}, key=spent.get, reverse=True):
+            ahead = f"{row['ahead'][who]:.2f}x"
+            lines.append([f"{name}: {who}", _time(spent[peer]), _time(spent[who]), ahead, "–"])
+    for name, row in in_order(results, "training"):
         held = results.get("memory", {}).get(name)
         memory = f"{held['setfit_peak_mib']} / {held['fastenc_peak_mib']}" if held else "–"
         lines.append(
@@ -66,6 +71,10 @@ def speed_table(results: dict[str, Any]) -> str:
         )  # fmt: skip
     head = ["", "setfit", "fastenc", "ahead by", "training memory in MiB: setfit / fastenc"]
     return markdown_table(head, lines)
+
+
+def in_order(results: dict[str, Any], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(results.get(kind, {}).items(), key=lambda pair: ORDER.index(pair[0]))
 
 
 def _time(seconds: float) -> str:
@@ -83,7 +92,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
             value = rows[row]
             cells.append(f"{value['accuracy']:.1f} ({value['seeds']})")
         against = rows["block"].get("minus_setfit")
-        cells.append(f"{against['lower_95']:+.1f} ({against['seeds']})" if against else "–")
+        cells.append(f"{against['lower_95']:+.2f} ({against['seeds']})" if against else "–")
         lines.append(cells)
     return markdown_table(
         [
@@ -124,17 +133,18 @@ def plot(speed: dict[str, Any], right: dict[str, Any], path: Path) -> None:
         places = [x + (i - 1) * 0.27 for x in range(len(tasks))]
         bars = left.bar(places, heights, 0.27, label=labels[row], color=colours[row])
         left.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
-    left.set_xticks(range(len(tasks)), [t.replace("/", ", ") + " a class" for t in tasks])
+    left.set_xticks(range(len(tasks)), [t.replace("/", "\n") + " a class" for t in tasks])
     left.tick_params(axis="x", labelsize=8)
     left.set_ylim(bottom=50)
-    left.set_ylabel("accuracy, %")
+    left.set_ylabel("accuracy, % (axis from 50)")
     left.legend(fontsize=8, frameon=False, loc="upper left")
     names, ahead = [], []
-    for name, row in speed.get("inference", {}).items():
-        who = list(row["seconds"])[-1]
-        names.append(f"{name}\n{who}")
-        ahead.append(row["ahead"][who])
-    for name, row in speed.get("training", {}).items():
+    for name, row in in_order(speed, "inference"):
+        for who, times in sorted(row["ahead"].items(), key=lambda pair: pair[1]):
+            if who not in PEERS:
+                names.append(f"{name}: {who}")
+                ahead.append(times)
+    for name, row in in_order(speed, "training"):
         names.append(f"train {name}")
         ahead.append(row["ratio"])
     bars = axis.barh(range(len(names)), ahead, color=OURS)
@@ -142,7 +152,10 @@ def plot(speed: dict[str, Any], right: dict[str, Any], path: Path) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.axvline(1, color=THEIRS, linewidth=1)
+    ticks = [1, 2, 5, 10, 20, 50]
+    axis.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(1, 1.5 * max(ahead, default=1))
     axis.set_xlabel("times as fast as setfit (sentence-transformers for pairs)")
     for each in (left, axis):
         each.spines[["top", "right"]].set_visible(False)
