@@ -156,7 +156,7 @@ def plot(speed: dict[str, Any], right: dict[str, Any], path: Path) -> None:
     axis.set_xticks(ticks, [f"{tick}x" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.set_xlim(1, 1.5 * max(ahead, default=1))
-    axis.set_xlabel("times as fast as setfit (sentence-transformers for pairs)")
+    axis.set_xlabel("times as fast as setfit or sentence-transformers")
     for each in (left, axis):
         each.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
