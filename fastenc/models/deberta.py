@@ -26,7 +26,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
 from fastenc.models.bert import _add_norm, _check_positions, _widen, rows_with_positions
 from fastenc.nn import VarlenBatch
-from fastenc.nn.linear import PrepackedLinear, linear
+from fastenc.nn.linear import PrepackedLinear, count_fused_steps, linear
 from fastenc.ops import disentangled_attention, varlen_attention
 from fastenc.ops._disentangled_ref import relative_index
 
@@ -133,8 +133,8 @@ class _Relative:
     """The position tables of the layers of ``encoder``.
 
     Kept between calls while gradients are off, in evaluation, for plain linear projections. What
-    they were made of is told by address and version, which every in-place change counts up; only
-    writing through ``parameter.data`` in evaluation goes unseen.
+    they were made of is told by address and version, which every in-place change and every step of
+    an optimizer counts up; only writing through ``parameter.data`` in evaluation goes unseen.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -150,6 +150,7 @@ class _Relative:
             return self._project(attn, *rows)
         kept = _kept.get(attn)
         if kept is None or kept[0] != state:
+            count_fused_steps()
             kept = (state, self._project(attn, 0, 2 * buckets_of(attn)[0]))
             _kept[attn] = kept
         return kept[1]

@@ -81,12 +81,35 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     """One layer on the residual stream ``x`` and what is still to be added to it."""
     normed, x = _norm(layer.attn_norm, x, branch)
-    attn = layer.attn
-    qkv = linear(attn.Wqkv, normed).unflatten(-1, (3, -1, attn.head_dim))
+    branch = _attention(layer.attn, normed, batch, turn)
+    normed, x = _norm(layer.mlp_norm, x, branch)
+    return x, _mlp(layer.mlp, normed)
+
+
+def _attention(attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn) -> Tensor:
+    qkv = linear(attn.Wqkv, x).unflatten(-1, (3, -1, attn.head_dim))
     mixed = _attend(attn, qkv, batch, turn).flatten(1)
-    normed, x = _norm(layer.mlp_norm, x, attn.out_drop(linear(attn.Wo, mixed)))
-    mlp = layer.mlp
-    return x, linear(mlp.Wo, mlp.drop(_gate(mlp, linear(mlp.Wi, normed))))
+    del qkv  # three times the hidden states, of no use to the next product
+    return attn.out_drop(linear(attn.Wo, mixed))
+
+
+MLP_ROWS = 2048
+"""Rows that the MLP takes at a time on a CPU without gradients: its inner tensors, three times the
+hidden states and more, are what a long batch would peak at."""
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor:
+        return linear(mlp.Wo, mlp.drop(_gate(mlp, linear(mlp.Wi, x))))
+
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or x.shape[0] <= MLP_ROWS
+    ):
+        return run(x)
+    return torch.cat([run(rows) for rows in x.split(MLP_ROWS)])
 
 
 def _whole_layer(layer: nn.Module, batch: VarlenBatch, turn: _Turn):

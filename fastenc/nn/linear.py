@@ -1,11 +1,11 @@
-"""Linear layers for inference on a CPU: oneDNN's product instead of MKL's, and weights packed once.
+"""Linear layers on a CPU: oneDNN's product instead of MKL's, and weights packed once.
 
 torch's ``F.linear`` takes MKL for fp32, which keeps its best kernels for Intel's processors: on an
 AMD EPYC (Zen 4) oneDNN's product of the same two matrices is 1.04 to 1.26 times as fast from 128
 rows on and twice as fast for one to four (AVX2 and AVX-512, 2 threads). :func:`linear` takes it
-where that holds. :func:`prepack` also keeps a copy of the weight in oneDNN's blocked layout, at the
-memory of the weight again: faster still for few rows and in bf16. ``bench/bench_linear.py``
-measures all three.
+where that holds, and for the gradient of its input. :func:`prepack` also keeps a copy of the weight
+in oneDNN's blocked layout, at the memory of the weight again: faster still for few rows and in
+bf16. ``bench/bench_linear.py`` measures all three.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; a plain fp32 ``nn.Linear`` without gradients takes the faster product.
+    """``layer(x)``; a plain fp32 ``nn.Linear`` takes the faster product, with its gradients.
 
     Args:
-        layer: any module; what is not exactly an ``nn.Linear``, or has hooks, is called.
+        layer: any module; what is not exactly an ``nn.Linear``, has hooks or another ``forward``,
+            is called.
         x: (..., in_features).
 
     Returns:
@@ -42,8 +43,11 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         not torch.compiler.is_compiling()
         and type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
+        and "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
         and not torch_modules._has_any_global_hook()
     ):
         return product(x, layer.weight, layer.bias)
@@ -51,19 +55,51 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``; in fp32 without gradients by the faster product.
+    """``F.linear(x, weight, bias)``; in fp32 on a CPU by the faster product.
 
     oneDNN falls to a reference loop where a matrix has gaps: it is copied, but a weight with gaps
     for few rows stays with MKL.
     """
     if (
-        _for_inference(x, weight)
-        and x.dtype == torch.float32
-        and (weight.is_contiguous() or x.numel() >= _COPY_FROM_ROWS * x.shape[-1])
-        and prefers_onednn()
+        torch.compiler.is_compiling()  # before what it cannot trace
+        or not _plain_on_cpu(x, weight)
+        or x.dtype != torch.float32
+        or not (weight.is_contiguous() or x.numel() >= _COPY_FROM_ROWS * x.shape[-1])
+        or torch._C._are_functorch_transforms_active()
+        or not prefers_onednn()
     ):
-        return _product(x.contiguous(), weight.contiguous(), bias)
-    return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+    x, weight = x.contiguous(), weight.contiguous()
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return _Product.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The product and its gradients; the weight's, a product over the rows, is MKL's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            if torch.is_grad_enabled():  # the gradient is to be differentiated again
+                dx = grad @ weight
+            else:
+                dx = _product(grad.contiguous(), weight.t(), None)
+        if ctx.needs_input_grad[1]:
+            dw = rows.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0)
+        return dx, dw, db
 
 
 _COPY_FROM_ROWS = 64
@@ -82,17 +118,15 @@ def prefers_onednn() -> bool:
     return other and torch.backends.mkl.is_available()
 
 
-def _for_inference(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product without autograd, autocast or compilation is all that is asked for."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()  # before what it cannot trace
-        or x.device.type != "cpu"
-        or weight.device.type != "cpu"
-        or x.dtype != weight.dtype
-        or x.numel() == 0
-        or not torch.backends.mkldnn.enabled
-        or torch.is_autocast_enabled("cpu")
+def _plain_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of one dtype on a CPU, without autocast, is all that is asked for."""
+    return (
+        x.device.type == "cpu"
+        and weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.numel() > 0
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -106,18 +140,23 @@ class PrepackedLinear(nn.Linear):
     The packed copy follows the weight: it is made again when the weight was changed in place (seen
     by torch's version counter, and after any optimizer's step; changes through ``weight.data`` are
     not seen), moved or converted.
-    With gradients, under autocast or compilation, or on another device it is a plain ``nn.Linear``.
+    With gradients, under autocast or compilation, or on another device it is as :func:`linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._weight_for(x)
         if packed is None:
-            return F.linear(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias)
         return _product(x, packed, self.bias)
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
         w = self.weight
-        if not _for_inference(x, w) or w.is_inference():
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()  # before what it cannot trace
+            or not _plain_on_cpu(x, w)
+            or w.is_inference()
+        ):
             return None
         key = (w.data_ptr(), w._version, w.dtype, w.shape)
         found = _packed.get(self)
@@ -130,7 +169,7 @@ def _pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's layout, or None where this processor or dtype has none."""
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None
-    _count_fused_steps()
+    count_fused_steps()
     try:
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
@@ -139,7 +178,7 @@ def _pack(weight: Tensor) -> Tensor | None:
 
 
 @functools.cache
-def _count_fused_steps() -> None:
+def count_fused_steps() -> None:
     """From now on a fused optimizer's step moves the version counters, as other optimizers' do."""
     register_optimizer_step_post_hook(_count_step)
 
