@@ -1,18 +1,19 @@
-"""Linear layers on a CPU: oneDNN's product instead of MKL's, and weights packed once.
+"""Linear layers on a CPU: weights packed once for oneDNN, and its product where it is asked for.
 
 torch's ``F.linear`` takes MKL for fp32, which keeps its best kernels for Intel's processors: on an
 AMD EPYC (Zen 4) oneDNN's product of the same two matrices is 1.04 to 1.26 times as fast from 128
-rows on and twice as fast for one to four (AVX2 and AVX-512, 2 threads). :func:`linear` takes it
-where that holds, and for the gradient of its input. :func:`prepack` also keeps a copy of the weight
-in oneDNN's blocked layout, at the memory of the weight again: faster still for few rows and in
-bf16. ``bench/bench_linear.py`` measures all three.
+rows on and twice as fast for one to four (AVX2 and AVX-512, 2 threads). It sums in longer runs,
+though: its error is 1.4 times MKL's at 384 and 768 inputs and 2.2 times at 1152 and more (rms),
+past the bound of this library's kernels. So it is taken only where it is asked for:
+:func:`prepack` keeps a copy of the weight in oneDNN's blocked layout, at the memory of the weight
+again, fastest for few rows and in bf16; ``FASTENC_ONEDNN=1`` lets :func:`linear` take it without a
+copy, also for the gradient of the input. ``bench/bench_linear.py`` measures all three.
 """
 
 from __future__ import annotations
 
 import functools
-import pathlib
-import platform
+import os
 import weakref
 
 import torch
@@ -29,7 +30,8 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; a plain fp32 ``nn.Linear`` takes the faster product, with its gradients.
+    """``layer(x)``; under ``FASTENC_ONEDNN=1`` a plain fp32 ``nn.Linear`` takes oneDNN's product,
+    with its gradients.
 
     Args:
         layer: any module; what is not exactly an ``nn.Linear``, has hooks or another ``forward``,
@@ -37,7 +39,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         x: (..., in_features).
 
     Returns:
-        (..., out_features), of ``F.linear``'s accuracy but not its very bits.
+        (..., out_features).
     """
     if (
         not torch.compiler.is_compiling()
@@ -55,16 +57,20 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``; in fp32 on a CPU by the faster product.
+    """``F.linear(x, weight, bias)``; in fp32 on a CPU by oneDNN under ``FASTENC_ONEDNN=1``.
 
-    oneDNN falls to a reference loop where a matrix has gaps: it is copied, but a weight with gaps
-    for few rows stays with MKL.
+    A weight with gaps (a slice of columns) is copied for many rows: MKL's product is a third slower
+    on it, and oneDNN falls to a reference loop.
     """
+    if torch.compiler.is_compiling():  # before what it cannot trace
+        return F.linear(x, weight, bias)
+    many = x.numel() >= _COPY_FROM_ROWS * x.shape[-1]
+    if many and x.device.type == "cpu" and not torch.is_grad_enabled():
+        weight = weight.contiguous()
     if (
-        torch.compiler.is_compiling()  # before what it cannot trace
-        or not _plain_on_cpu(x, weight)
+        not _plain_on_cpu(x, weight)
         or x.dtype != torch.float32
-        or not (weight.is_contiguous() or x.numel() >= _COPY_FROM_ROWS * x.shape[-1])
+        or not (weight.is_contiguous() or many)
         or torch._C._are_functorch_transforms_active()
         or not prefers_onednn()
     ):
@@ -107,15 +113,8 @@ _COPY_FROM_ROWS = 64
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN's fp32 product was measured to be ahead of MKL's on this kind of processor:
-    x86, not Intel's."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        other = "GenuineIntel" not in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return other and torch.backends.mkl.is_available()
+    """Whether fp32 products are oneDNN's: ``FASTENC_ONEDNN=1``, read once."""
+    return os.environ.get("FASTENC_ONEDNN") == "1" and torch.backends.mkldnn.is_available()
 
 
 def _plain_on_cpu(x: Tensor, weight: Tensor) -> bool:
