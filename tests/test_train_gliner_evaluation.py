@@ -50,7 +50,7 @@ def test_entities_are_gliners(token_level):
 
     from gliner.decoding import SpanDecoder, TokenDecoder
 
-    from fastenc.train._gliner_decode import entities_in_words
+    from fastenc.models._gliner_decode import entities_in_words
 
     lengths, labels = [9, 1, 14], 3
     names = {i + 1: f"t{i}" for i in range(labels)}

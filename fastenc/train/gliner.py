@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, distributed, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastenc.models._gliner_decode import entities_in_words
 from fastenc.models._gliner_encode import encode_labels
 from fastenc.models._gliner_files import read_weights
 from fastenc.models.gliner import GLiNER
@@ -33,7 +34,6 @@ from fastenc.train._gliner_data import (
     TypeSampling,
     check_example,
 )
-from fastenc.train._gliner_decode import entities_in_words
 
 __all__ = ["GLiNERTrainer", "GLiNERTrainingArguments"]
 log = logging.getLogger("fastenc")
