@@ -12,7 +12,7 @@ from bench import gliner as bench
 @pytest.mark.slow
 def test_the_benchmark_at_toy_size():
     rows = tuple(replace(row, hidden=64, others=False) for row in bench.TOY)
-    found = bench.run(rows, 24, 64, 1, 1)
+    found = [measured() for measured in bench.steps(rows, 24, 64, 1, 1).values()]
     assert len(found) == len(rows) + 2
     for row in found:
         assert row["ahead"]["gliner"] == 1.0 and row["seconds"]["fastenc"] > 0
