@@ -50,9 +50,18 @@ def without_dropout(module: nn.Module) -> nn.Module:
 
 
 def trained(
-    model: Any, texts: Sequence[str], labels: Sequence[Any], **given: Any
+    model: Any,
+    texts: Sequence[str],
+    labels: Sequence[Any],
+    evaluated: dict[str, list[Any]] | None = None,
+    **given: Any,
 ) -> tuple[Any, list[float]]:
-    """Train a ``setfit.SetFitModel``; returns setfit's trainer and the losses it logged."""
+    """Train a ``setfit.SetFitModel``; returns setfit's trainer and the losses it logged.
+
+    Args:
+        evaluated: columns "text" and "label" of the evaluation texts.
+        given: training arguments.
+    """
     import setfit
     from datasets import Dataset
 
@@ -62,6 +71,7 @@ def trained(
             model=model,
             args=setfit.TrainingArguments(output_dir=folder, **given),
             train_dataset=Dataset.from_dict({"text": list(texts), "label": list(labels)}),
+            eval_dataset=None if evaluated is None else Dataset.from_dict(evaluated),
         )
         for callback in list(trainer.st_trainer.callback_handler.callbacks):
             if "Progress" in type(callback).__name__ or "Printer" in type(callback).__name__:

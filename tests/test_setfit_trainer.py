@@ -288,6 +288,26 @@ def test_evaluation_checkpoints_and_the_best(folder, tmp_path):
     assert all(torch.equal(v, saved[k]) for k, v in model.body.state_dict().items())
 
 
+def test_evaluation_sees_the_weights_of_its_step(folder, tmp_path):
+    """Also after the model has predicted before training, with copies of its weights."""
+    model = model_of(folder)
+    model.encode(TEXTS)
+    args = fastenc.SetFitTrainingArguments(
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, block_steps=4,
+        save_total_limit=None, output_dir=str(tmp_path), body_learning_rate=1e-2, **QUIET,
+    )  # fmt: skip
+    trainer = fastenc.SetFitTrainer(model, args, DATA, DATA)
+    trainer.train()
+    seen = [r["eval_embedding_loss"] for r in trainer.state.log_history
+            if "eval_embedding_loss" in r]  # fmt: skip
+    for step, value in enumerate(seen, 1):
+        fresh = fastenc.SetFitModel.from_pretrained(tmp_path / f"checkpoint-{step}")
+        loss = fastenc.SetFitTrainer(fresh, args, DATA, DATA)._evaluator(args)()
+        assert loss == pytest.approx(value, rel=1e-6)
+    assert np.ptp(seen) > 1e-2
+    np.testing.assert_allclose(fresh.encode(TEXTS), model.encode(TEXTS), rtol=1e-5, atol=1e-6)
+
+
 def test_early_stopping_and_callbacks(folder):
     class Seen(TrainerCallback):
         steps = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastenc.nn import VarlenBatch
 from fastenc.train import _processes
+from fastenc.train import _setfit_checkpoint as checkpoint
 from fastenc.train._setfit_objectives import Objective
 from fastenc.train._touched_rows import Embeddings, training_embeddings
 
@@ -49,6 +49,10 @@ class BodyTraining:
         objective: over the same texts.
         callbacks: transformers callbacks, or classes of them.
         evaluate: () -> the loss on other texts, or None.
+        resume: a checkpoint's folder to go on from, or None.
+
+    Raises:
+        ValueError: the checkpoint is of another run.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class BodyTraining:
         objective: Objective,
         callbacks: Sequence[Any] = (),
         evaluate: Callable[[], float] | None = None,
+        resume: Path | None = None,
     ):
         self.model, self.body, self.args = model, model.body, args
         self.tokens, self.objective, self.evaluate = tokens, objective, evaluate
@@ -73,6 +78,10 @@ class BodyTraining:
         whole_epochs = objective.epochs == int(objective.epochs)
         if whole_epochs:
             steps = self._steps_per_epoch * int(objective.epochs)
+        self._resume = resume
+        if resume is not None:
+            self.state = checkpoint.read_state(resume, steps)
+            self.state.is_local_process_zero = self.state.is_world_process_zero = rank == 0
         self.state.max_steps = steps
         self.state.num_train_epochs = math.ceil(objective.epochs)
         self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
@@ -92,6 +101,8 @@ class BodyTraining:
             return self.state
         model, args = self.body.model, self.args
         was = self.body.training
+        if self._resume is not None:
+            self._load_body(self._resume)
         with training_embeddings(model, args.embedding_rows, self.tokens) as self.embeddings:
             self.body.train()
             try:
@@ -99,10 +110,12 @@ class BodyTraining:
             finally:
                 self.body.train(was)
         if args.load_best_model_at_end and self.state.best_model_checkpoint:
-            best = type(self.body).from_folder(self.state.best_model_checkpoint)
-            self.body.load_state_dict(best.state_dict())
+            self._load_body(self.state.best_model_checkpoint)
         self._event("on_train_end")
         return self.state
+
+    def _load_body(self, folder: str | Path) -> None:
+        self.body.load_state_dict(type(self.body).from_folder(folder).state_dict())
 
     def _run(self) -> None:
         args = self.args
@@ -112,17 +125,24 @@ class BodyTraining:
         _processes.same_weights(parameters)
         rate = args.body_embedding_learning_rate * self.objective.rate_factor
         self.optimizer = optimizer_of(self.body, rate, args.l2_weight or 0.0)
+        done = self.state.global_step
         self.scheduler = linear_schedule(
-            self.optimizer, self.state.max_steps, args.warmup_proportion
+            self.optimizer, self.state.max_steps, args.warmup_proportion, done
         )
         self.handler = CallbackHandler(
             self._callbacks, self.model, self.body.tokenizer, self.optimizer, self.scheduler
         )
         started = time.perf_counter()
         self._event("on_train_begin")
-        for epoch in range(self.state.num_train_epochs):
+        if self._resume is not None:
+            checkpoint.load(self._resume, self.state, self.optimizer, self.handler.callbacks)
+            if (rank := _processes.world()[0]) > 0:
+                torch.manual_seed(args.seed + rank + done)
+        first, within = divmod(done, self._steps_per_epoch)
+        last = self.state.num_train_epochs if done < self.state.max_steps else first
+        for epoch in range(first, last):
             self._event("on_epoch_begin")
-            self._epoch(epoch, parameters)
+            self._epoch(epoch, parameters, within if epoch == first else 0)
             self._event("on_epoch_end")
             self._as_told()
             if self.control.should_training_stop:
@@ -130,11 +150,13 @@ class BodyTraining:
         seconds = time.perf_counter() - started
         self._log({"train_runtime": seconds, "train_steps": self.state.global_step})
 
-    def _epoch(self, epoch: int, parameters: list[nn.Parameter]) -> None:
+    def _epoch(self, epoch: int, parameters: list[nn.Parameter], done: int = 0) -> None:
         accumulate = self.args.gradient_accumulation_steps
         group: list[Any] = []
         total = self.objective.batches_per_epoch
         for index, batch in enumerate(self.objective.batches(epoch)):
+            if index < done * accumulate:
+                continue
             group.append(batch)
             if len(group) < accumulate and index + 1 < total:
                 continue
@@ -210,20 +232,16 @@ class BodyTraining:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save(self) -> None:
-        """A folder that sentence-transformers reads; the oldest beyond the limit go."""
+        """A folder that sentence-transformers reads and training goes on from."""
         if not self.state.is_world_process_zero:
             return
         folder = self._folder()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self.embeddings.made_whole():
             self.body.save(folder)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        limit = self.args.save_total_limit
-        if limit is not None and limit > 0:
-            found = sorted(folder.parent.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
-            old = [p for p in found if str(p) != self.state.best_model_checkpoint and p != folder]
-            for path in old[: max(0, len(found) - max(limit, 1))]:
-                shutil.rmtree(path)
+        checkpoint.save(folder, self.state, self.optimizer, self.handler.callbacks)
+        kept = (self.state.best_model_checkpoint, folder)
+        checkpoint.prune(folder.parent, self.args.save_total_limit, kept)
         self._event("on_save")
 
 
@@ -279,8 +297,10 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, fused=types <= {"cpu", "cuda", "mps"})
 
 
-def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float):
-    """Rate 0 to its peak over ``ceil(warmup * steps)`` steps, then down to 0."""
+def linear_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float, done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rate 0 to its peak over ``ceil(warmup * steps)`` steps, then down to 0; after ``done``."""
     rising = math.ceil(warmup * steps)
 
     def factor(step: int) -> float:
@@ -288,7 +308,9 @@ def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float)
             return step / max(1, rising)
         return max(0.0, (steps - step) / max(1, steps - rising))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
 
 
 @torch.no_grad()

@@ -9,15 +9,17 @@ once; a text is encoded once a batch however many pairs it is in; nothing is pad
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.trainer_utils import BestRun
 
 from fastenc.models._setfit_checks import check_examples
 from fastenc.models.sentence import check_texts
-from fastenc.train import _metrics, _processes
+from fastenc.train import _metrics, _processes, _setfit_checkpoint, _setfit_search
 from fastenc.train._setfit_arguments import SetFitTrainingArguments
 from fastenc.train._setfit_body import BodyTraining, TokenLists, embed_all
 from fastenc.train._setfit_data import column, distinct, mapped
@@ -30,13 +32,14 @@ class SetFitTrainer:
     """Trains a :class:`fastenc.SetFitModel`.
 
     Args:
-        model: to train, in place.
+        model: to train, in place; None where there is a ``model_init``.
         args: training arguments.
         train_dataset: columns "text" and "label": a ``datasets.Dataset``, a dictionary of lists
             or a list of dictionaries. Labels are all strings or all integers, or, under a
             multi-target strategy, lists of 0 and 1.
         eval_dataset: of the same form; for :meth:`evaluate` and, under ``eval_strategy``, for the
             loss of stage 1.
+        model_init: () or (hyperparameters) -> a model, for :meth:`hyperparameter_search`.
         metric: "accuracy", "f1", "precision", "recall", "matthews_correlation", "mse", "mae"
             (computed here, no network), or a callable (predicted, true, **metric_kwargs).
         metric_kwargs: of the metric, such as ``{"average": "macro"}``.
@@ -52,10 +55,11 @@ class SetFitTrainer:
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         args: SetFitTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        model_init: Callable[..., Any] | None = None,
         metric: str | Callable = "accuracy",
         metric_kwargs: dict[str, Any] | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -70,7 +74,13 @@ class SetFitTrainer:
                 f"metric: expected a callable or one of {', '.join(_metrics.METRICS)}, "
                 f"got {metric!r}"
             )
-        self.model, self.args = model, args or SetFitTrainingArguments()
+        if (model is None) == (model_init is None):
+            raise ValueError("expected either a model or a model_init")
+        self.args, self.model_init = args or SetFitTrainingArguments(), model_init
+        if model is None:
+            torch.manual_seed(self.args.seed)
+            model = _setfit_search.new_model(model_init)
+        self.model = model
         self.column_mapping = column_mapping
         self.train_dataset = self._mapped("train_dataset", train_dataset)
         self.eval_dataset = self._mapped("eval_dataset", eval_dataset)
@@ -99,32 +109,54 @@ class SetFitTrainer:
             if c is not callback and not (isinstance(callback, type) and isinstance(c, callback))
         ]
 
+    def pop_callback(self, callback: Any) -> Any:
+        """Take out a callback, or the first of a class, and return it; None: there is none."""
+        for i, c in enumerate(self.callbacks):
+            if c is callback or (isinstance(callback, type) and isinstance(c, callback)):
+                return self.callbacks.pop(i)
+        return None
+
     # ---- training ------------------------------------------------------------------------------
 
-    def train(self, args: SetFitTrainingArguments | None = None) -> None:
+    def train(
+        self,
+        args: SetFitTrainingArguments | None = None,
+        trial: dict[str, Any] | None = None,
+        resume_from_checkpoint: bool | str | os.PathLike | None = None,
+    ) -> None:
         """Both stages.
 
         Args:
             args: in place of the trainer's, for this call.
+            trial: hyperparameters, see :meth:`apply_hyperparameters`.
+            resume_from_checkpoint: of stage 1: a folder, or True: the last in ``output_dir``. The
+                run goes on with the same batches, rates, moments and dropout.
 
         Raises:
-            TypeError, ValueError: see :func:`fastenc.models._setfit_checks.check_examples`.
+            TypeError, ValueError: see :func:`fastenc.models._setfit_checks.check_examples`; also a
+                checkpoint that is not there or of another run.
         """
+        if trial:
+            self.apply_hyperparameters(trial)
         args = args or self.args
         texts, labels = self._examples()
         tokens, rows = self._tokens(texts, args)
         rank, _ = _processes.world()
         torch.manual_seed(args.seed + rank)
-        self._train_body(tokens, rows, labels, args)
+        self._train_body(tokens, rows, labels, args, resume_from_checkpoint)
         self._train_head(texts, tokens, rows, labels, args)
 
-    def train_embeddings(self, args: SetFitTrainingArguments | None = None) -> None:
-        """Stage 1 alone."""
+    def train_embeddings(
+        self,
+        args: SetFitTrainingArguments | None = None,
+        resume_from_checkpoint: bool | str | os.PathLike | None = None,
+    ) -> None:
+        """Stage 1 alone; arguments as :meth:`train`."""
         args = args or self.args
         texts, labels = self._examples()
         tokens, rows = self._tokens(texts, args)
         torch.manual_seed(args.seed + _processes.world()[0])
-        self._train_body(tokens, rows, labels, args)
+        self._train_body(tokens, rows, labels, args, resume_from_checkpoint)
 
     def train_classifier(self, args: SetFitTrainingArguments | None = None) -> None:
         """Stage 2 alone."""
@@ -152,8 +184,9 @@ class SetFitTrainer:
         return self.model.body.token_ids(once, args.max_length), rows
 
     def _train_body(
-        self, tokens: TokenLists, rows: np.ndarray, labels: np.ndarray, args: Any
+        self, tokens: TokenLists, rows: np.ndarray, labels: np.ndarray, args: Any, resume: Any
     ) -> None:
+        resume = _setfit_checkpoint.find(resume, args.output_dir)
         if args.embedding_num_epochs == 0:
             return
         examples = self._stage_1(tokens, rows, labels, args)
@@ -164,6 +197,7 @@ class SetFitTrainer:
             objective(examples, args),
             [*self.callbacks, *_reporters(args.report_to)],
             self._evaluator(args),
+            resume,
         )
         self.state = training.run()
 
@@ -226,6 +260,52 @@ class SetFitTrainer:
                 f"labels: expected the model's {self.model.labels}, got {unknown[0]!r}"
             )
         return np.asarray([place[label] for label in labels.tolist()])
+
+    # ---- hyperparameters -----------------------------------------------------------------------
+
+    def apply_hyperparameters(self, params: dict[str, Any], final_model: bool = False) -> None:
+        """Take over the training arguments among ``params`` and make a new model with all of them.
+
+        Args:
+            final_model: drop ``model_init``: this model stays.
+
+        Raises:
+            ValueError: there is no ``model_init``.
+        """
+        if self.model_init is None:
+            raise ValueError("hyperparameters: need a model_init to make a model with")
+        self.args = self.args.update(params, ignore_extra=True)
+        torch.manual_seed(self.args.seed)
+        self.model = _setfit_search.new_model(self.model_init, params)
+        if final_model:
+            self.model_init = None
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]],
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 10,
+        direction: str = "maximize",
+        **study: Any,
+    ) -> BestRun:
+        """Train and evaluate a new model in each trial, with optuna.
+
+        Args:
+            hp_space: (optuna's trial) -> hyperparameters: training arguments, and whatever
+                ``model_init`` takes.
+            compute_objective: metrics -> what is sought; by default their sum.
+            direction: "maximize" or "minimize".
+            study: arguments of ``optuna.create_study``; ``timeout`` of its optimize.
+
+        Returns:
+            transformers' BestRun, whose ``hyperparameters`` :meth:`apply_hyperparameters` takes.
+
+        Raises:
+            ImportError: optuna is missing. ValueError: no ``model_init`` or ``eval_dataset``.
+        """
+        return _setfit_search.search(
+            self, hp_space, compute_objective, n_trials, direction, **study
+        )
 
     # ---- evaluation ----------------------------------------------------------------------------
 
