@@ -99,29 +99,6 @@ def test_checkpoints_that_do_not_fit(folder, tmp_path):  # noqa: F811
 # ---- evaluation is setfit's ----------------------------------------------------------------------
 
 
-def test_evaluation_is_setfits(folder, tmp_path):  # noqa: F811
-    """The loss of stage 1 on other texts, step by step, of exact pairing without dropout."""
-    peer.quiet()
-    held = {"text": TEXTS[::2], "label": LABELS[::2]}
-    given = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "logging_steps": 1,
-             "body_learning_rate": 1e-3}  # fmt: skip
-    theirs = {}
-    for name in ("float", "double"):
-        model = peer.load(folder)
-        peer.without_dropout(model.model_body if name == "float" else model.model_body.double())
-        trainer, _ = peer.trained(model, TEXTS, LABELS, evaluated=held, **given)
-        theirs[name] = [row["eval_embedding_loss"] for row in trainer.st_trainer.state.log_history
-                        if "eval_embedding_loss" in row]  # fmt: skip
-    ours = trainer_of(folder, tmp_path, evaluated=held, dropout=False, pairing="exact",
-                      **given | {"save_strategy": "no", "l2_weight": 0.01})  # fmt: skip
-    ours.train()
-    found = [row["eval_embedding_loss"] for row in ours.state.log_history
-             if "eval_embedding_loss" in row]  # fmt: skip
-    assert len(found) == len(theirs["double"]) == 3 and np.ptp(found) > 1e-2
-    floor = np.abs(np.subtract(theirs["float"], theirs["double"])).max()
-    assert np.abs(np.subtract(found, theirs["double"])).max() <= 2 * floor + 1e-6
-
-
 # ---- hyperparameters -----------------------------------------------------------------------------
 
 
