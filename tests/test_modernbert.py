@@ -100,29 +100,6 @@ def test_beyond_the_dynamic_rope_and_the_table():
             check_model(ours, reference, inputs)
 
 
-def test_the_mlp_in_parts(monkeypatch):
-    """A long batch goes through the MLP in parts without gradients, and as one with them."""
-    from fastenc.models import modernbert
-
-    seen = []
-    gate = modernbert._gate
-    monkeypatch.setattr(modernbert, "MLP_ROWS", 5)
-    monkeypatch.setattr(modernbert, "_gate", lambda m, x: seen.append(len(x)) or gate(m, x))
-    ours, plain = pair()
-    exact = copy.deepcopy(plain).double()
-    ids = torch.arange(5, 17).unsqueeze(0)
-    with torch.no_grad():
-        found = ours(input_ids=ids).last_hidden_state
-        assert seen[:3] == [5, 5, 2]
-        assert_parity(
-            "last_hidden_state", found, plain(input_ids=ids).last_hidden_state,
-            exact(input_ids=ids).last_hidden_state,
-        )  # fmt: skip
-    seen.clear()
-    ours(input_ids=ids)
-    assert set(seen) == {12}
-
-
 def test_a_real_shape():
     ours, reference = pair(
         vocab_size=1000, hidden_size=768, intermediate_size=1152, num_hidden_layers=2,

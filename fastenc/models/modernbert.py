@@ -93,23 +93,8 @@ def _attention(attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn) -> T
     return attn.out_drop(linear(attn.Wo, mixed))
 
 
-MLP_ROWS = 2048
-"""Rows that the MLP takes at a time on a CPU without gradients: its inner tensors, three times the
-hidden states and more, are what a long batch would peak at."""
-
-
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    def run(x: Tensor) -> Tensor:
-        return linear(mlp.Wo, mlp.drop(_gate(mlp, linear(mlp.Wi, x))))
-
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or x.device.type != "cpu"
-        or x.shape[0] <= MLP_ROWS
-    ):
-        return run(x)
-    return torch.cat([run(rows) for rows in x.split(MLP_ROWS)])
+    return linear(mlp.Wo, mlp.drop(_gate(mlp, linear(mlp.Wi, x))))
 
 
 def _whole_layer(layer: nn.Module, batch: VarlenBatch, turn: _Turn):
