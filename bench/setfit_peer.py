@@ -7,7 +7,7 @@ import itertools
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,14 +49,16 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-def trained(
-    model: Any,
-    texts: Sequence[str],
-    labels: Sequence[Any],
+@contextlib.contextmanager
+def trainer_of(
+    text: Sequence[str],
+    label: Sequence[Any],
     evaluated: dict[str, list[Any]] | None = None,
+    model: Any = None,
+    model_init: Callable[[], Any] | None = None,
     **given: Any,
-) -> tuple[Any, list[float]]:
-    """Train a ``setfit.SetFitModel``; returns setfit's trainer and the losses it logged.
+) -> Iterator[Any]:
+    """setfit's trainer, silent, writing into a folder that goes with the context.
 
     Args:
         evaluated: columns "text" and "label" of the evaluation texts.
@@ -69,13 +71,23 @@ def trained(
     with counted_fingerprints(), tempfile.TemporaryDirectory() as folder:
         trainer = setfit.Trainer(
             model=model,
+            model_init=model_init,
             args=setfit.TrainingArguments(output_dir=folder, **given),
-            train_dataset=Dataset.from_dict({"text": list(texts), "label": list(labels)}),
+            train_dataset=Dataset.from_dict({"text": list(text), "label": list(label)}),
             eval_dataset=None if evaluated is None else Dataset.from_dict(evaluated),
         )
         for callback in list(trainer.st_trainer.callback_handler.callbacks):
             if "Progress" in type(callback).__name__ or "Printer" in type(callback).__name__:
                 trainer.st_trainer.remove_callback(callback)
+        yield trainer
+
+
+def trained(
+    model: Any, texts: Sequence[str], labels: Sequence[Any], **given: Any
+) -> tuple[Any, list[float]]:
+    """Train a ``setfit.SetFitModel``, with the arguments of :func:`trainer_of`; returns setfit's
+    trainer and the losses it logged."""
+    with trainer_of(texts, labels, model=model, **given) as trainer:
         trainer.train()
     history = trainer.st_trainer.state.log_history
     return trainer, [row["embedding_loss"] for row in history if "embedding_loss" in row]

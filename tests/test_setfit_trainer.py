@@ -174,9 +174,29 @@ def test_other_losses_learn(folder, loss, pairing):
     assert np.isfinite(found).all() and np.mean(found[-4:]) < np.mean(found[:4])
 
 
-def test_bf16_and_accumulation(folder):
-    whole = model_of(folder)
-    train(whole, max_steps=4, bf16=True)
+def test_bf16(folder):
+    """Products in bfloat16 under either name, weights and their steps in float32."""
+    runs = {}
+    for name in ("", "bf16", "use_amp"):
+        model = model_of(folder)
+        given = {name: True} if name else {}
+        found = losses(train(model, max_steps=4, body_learning_rate=1e-3, **given))
+        runs[name] = found, peer.weights(model.body)
+        assert all(w.dtype == torch.float32 for w in runs[name][1].values())
+    assert runs["bf16"][0] == runs["use_amp"][0] != runs[""][0]
+    np.testing.assert_allclose(runs["bf16"][0], runs[""][0], rtol=0.02)
+    moved = far(runs[""][1], peer.weights(model_of(folder).body))
+    assert far(runs["bf16"][1], runs[""][1]) < 0.5 * moved
+
+
+def test_progress_is_shown_where_asked(folder, capfd):
+    for shown in (False, True):
+        capfd.readouterr()
+        train(model_of(folder), max_steps=3, show_progress_bar=shown)
+        assert ("3/3" in capfd.readouterr().err) == shown
+
+
+def test_accumulation(folder):
     few, many = model_of(folder), model_of(folder)
     seen = train(few, block_steps=8, block_size=12, gradient_accumulation_steps=4)
     assert seen.state.global_step == 2

@@ -33,7 +33,8 @@ class Objective:
         batches_per_epoch, epochs: their product is the number of batches.
         batches: epoch -> the batches of it.
         rate_factor: of the learning rate.
-        whole: (n, dim) embeddings of all texts -> the mean loss, for evaluation.
+        whole: (n, dim) embeddings of all texts -> the loss of evaluation: over the batches of
+            epoch 0, each weighted by its length, as transformers' Trainer does.
     """
 
     batches_per_epoch: int
@@ -86,6 +87,13 @@ def _most_batches(args: Any) -> int:
     return -1 if args.max_steps <= 0 else args.max_steps * args.gradient_accumulation_steps
 
 
+def _mean_over(losses: list[Tensor], count: int, size: int) -> Tensor:
+    """The mean over ``count`` examples of losses of batches of ``size``, the last shorter."""
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    stacked = torch.stack(losses)
+    return (stacked * stacked.new_tensor(sizes)).sum() / count
+
+
 # ---- setfit's pairs ------------------------------------------------------------------------------
 
 
@@ -111,12 +119,8 @@ def _exact(examples: Examples, args: Any) -> Objective:
             yield _pair_batch(pairs, order[start : start + size], args.loss)
 
     def whole(embeddings: Tensor) -> Tensor:
-        losses = []
-        for start in range(0, len(pairs), size):
-            at = np.arange(start, min(start + size, len(pairs)))
-            rows, loss = _pair_batch(pairs, at, args.loss)
-            losses.append(loss(embeddings[torch.from_numpy(rows).to(embeddings.device)]))
-        return torch.stack(losses).mean()
+        losses = [loss(embeddings[torch.from_numpy(rows)]) for rows, loss in batches(0)]
+        return _mean_over(losses, len(pairs), size)
 
     return Objective(per_epoch, epochs, batches, whole)
 
@@ -237,8 +241,8 @@ def _groups(examples: Examples, args: Any) -> Objective:
 
     def whole(embeddings: Tensor) -> Tensor:
         embeddings = embeddings[torch.from_numpy(examples.rows)]
-        rows = np.arange(examples.count)
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return torch.stack([loss_of(c)(embeddings[torch.from_numpy(c)]) for c in chunks]).mean()
+        chunks = torch.from_numpy(pairing.epoch_order(examples.count, args.seed, 0)).split(size)
+        losses = [loss_of(chunk.numpy())(embeddings[chunk]) for chunk in chunks]
+        return _mean_over(losses, examples.count, size)
 
     return Objective(per_epoch, epochs, batches, whole)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers.trainer_utils import BestRun, default_compute_objective
+from transformers.trainer_utils import default_compute_objective
+
+
+class BestRun(NamedTuple):
+    """setfit's: of the best trial its number, what was sought, its hyperparameters; the study."""
+
+    run_id: str
+    objective: float
+    hyperparameters: dict[str, Any]
+    backend: Any = None
 
 
 def new_model(model_init: Callable[..., Any], params: dict[str, Any] | None = None) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import BestRun
 
 from fastenc.models._setfit_checks import check_examples
 from fastenc.models.sentence import check_texts
@@ -287,7 +286,7 @@ class SetFitTrainer:
         n_trials: int = 10,
         direction: str = "maximize",
         **study: Any,
-    ) -> BestRun:
+    ) -> _setfit_search.BestRun:
         """Train and evaluate a new model in each trial, with optuna.
 
         Args:
@@ -298,7 +297,7 @@ class SetFitTrainer:
             study: arguments of ``optuna.create_study``; ``timeout`` of its optimize.
 
         Returns:
-            transformers' BestRun, whose ``hyperparameters`` :meth:`apply_hyperparameters` takes.
+            setfit's BestRun, whose ``hyperparameters`` :meth:`apply_hyperparameters` takes.
 
         Raises:
             ImportError: optuna is missing. ValueError: no ``model_init`` or ``eval_dataset``.
