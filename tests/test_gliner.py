@@ -186,6 +186,18 @@ def test_unknown_keys_are_kept_and_said_missing_ones_defaulted(folder, tmp_path,
     assert json.loads((tmp_path / "again" / "gliner_config.json").read_text())["lr_encoder"] == 1e-5
 
 
+def test_fine_tune_changes_nothing(folder, tmp_path, caplog):
+    """gliner keeps this key and reads it nowhere: a checkpoint with it off scores and trains."""
+    expected = logits_of(fastenc.GLiNER.from_pretrained(folder), WORDS, LABELS)[0]
+    model = fastenc.GLiNER.from_pretrained(changed(folder, tmp_path, fine_tune=False))
+    assert "fine_tune" not in caplog.text and model.config.fine_tune is False
+    logits = logits_of(model, WORDS, LABELS)[0]
+    assert torch.equal(logits, expected) and all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "gliner_config.json").read_text())
+    assert again["fine_tune"] is False
+
+
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [

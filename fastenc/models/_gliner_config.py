@@ -42,7 +42,8 @@ class GLiNERConfig:
     """gliner's configuration: its names and its defaults.
 
     encoder_config and labels_encoder_config are transformers configs. Keys that gliner does not
-    know are kept in ``extra`` and written back.
+    know are kept in ``extra`` and written back. ``fine_tune`` is kept and, as in gliner, read
+    nowhere.
     """
 
     model_name: str = "microsoft/deberta-v3-small"
