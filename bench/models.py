@@ -299,6 +299,8 @@ def run(
             keep(results)
         if "memory" in parts:
             progress("peak memory")
-            results["peak_memory_mib"] = peak_memory(folder, whole[-1].lengths, vocab_size)
+            row = whole[-1]
+            found = peak_memory(folder, row.lengths, vocab_size)
+            results["peak_memory"] = {"row": row.name, "mib": found}
             keep(results)
     return results

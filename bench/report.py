@@ -102,7 +102,7 @@ def heading(results: dict) -> str:
 def tables(results: dict) -> str:
     """The Markdown of one machine."""
     model = results["modernbert"]
-    training, memory = model.get("training"), model.get("peak_memory_mib")
+    training, memory = model.get("training"), model.get("peak_memory")
     parts = [
         heading(results),
         f"### ModernBERT-base, fp32, {model['layers']} layers, random weights",
@@ -116,9 +116,10 @@ def tables(results: dict) -> str:
             f"{training['seconds']['transformers sdpa']:.1f} s)."
         )
     if memory:
+        ours, sdpa = (memory["mib"][name] for name in ("fastenc", "transformers sdpa"))
         parts.append(
-            f"Peak memory above the loaded model, {model['rows'][-1]['name']}: fastenc "
-            f"{memory['fastenc']:.0f} MiB, sdpa {memory['transformers sdpa']:.0f} MiB."
+            f"Peak memory above the loaded model, {memory['row']}: fastenc {ours:.0f} MiB, "
+            f"sdpa {sdpa:.0f} MiB."
         )
     parts += ["Peers that failed, were left out, or were called once:", failure_list(model)]
     if "ops" in results:

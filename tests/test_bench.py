@@ -29,6 +29,11 @@ def test_the_end_to_end_suite_at_toy_size():
     json.dumps(results)
     text = report.tables(results)
     assert "fastenc" in text and "floor / measured" in text
+    assert suite["peak_memory"]["row"] == "3 ragged"
+    assert "loaded model, 3 ragged: fastenc" in text
+
+    suite["rows"] = suite["rows"][:1]  # only this row was measured again
+    assert "loaded model, 3 ragged: fastenc" in report.tables(results)
 
 
 def test_rows_of_an_earlier_run_stay():

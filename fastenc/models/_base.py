@@ -77,6 +77,10 @@ class PackedInputs:
     token_type_ids: Tensor | None = None
 
 
+class Holes(ValueError):
+    """Tokens of one sequence are not adjacent columns of the padded input, and it matters."""
+
+
 class PackedModel(StrictLoading):
     """Mixin in front of a transformers base model.
 
@@ -94,7 +98,11 @@ class PackedModel(StrictLoading):
         registry[str(cls)] = getattr(cls, "_can_record_outputs", None)
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
-        """(T, hidden): the last hidden state. Appends to ``states`` what precedes each layer."""
+        """(T, hidden): the last hidden state. Appends to ``states`` what precedes each layer.
+
+        Raises:
+            Holes: the packed path would not do what transformers does with them.
+        """
         raise NotImplementedError
 
     def forward_packed(
@@ -181,7 +189,10 @@ class PackedModel(StrictLoading):
             return self._fall_back(reason, options, tensors)
         inputs = self._enter(options, shape, **tensors)
         states: list[Tensor] | None = [] if options.output_hidden_states else None
-        hidden = self._encode_or_replay(inputs, states)
+        try:
+            hidden = self._encode_or_replay(inputs, states)
+        except Holes:
+            return self._fall_back("an attention_mask with holes", options, tensors)
         batch = inputs.batch
         output = self._output(batch, hidden)
         if states is not None:

@@ -12,14 +12,17 @@ positions are transformers': the column of the padded input (BERT), counted from
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
-from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
+from fastenc.models._base import PackedInputs
+from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, widen
 from fastenc.nn import VarlenBatch
 from fastenc.nn.linear import linear
-from fastenc.ops import _checks, add_layer_norm, varlen_attention
+from fastenc.ops import varlen_attention
 
 
 def bert_packed(
@@ -36,16 +39,9 @@ def bert_packed(
     Returns:
         (T, hidden).
     """
-    batch = inputs.batch
-    x = _embed(module.embeddings, inputs)
-    for layer in module.encoder.layer:
-        if states is not None:
-            states.append(x)
-        if checkpointed(layer):
-            x = layer._gradient_checkpointing_func(_bound(layer, batch), x)
-        else:
-            x = _layer(layer, x, batch)
-    return x
+    x = embed(module.embeddings, inputs, default_positions)
+    run = functools.partial(_layer, batch=inputs.batch)
+    return through(module.encoder.layer, x, states, run)
 
 
 def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
@@ -58,47 +54,14 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
     mixed = varlen_attention(
         q, k, v, batch.cu_seqlens, batch.max_seqlen, scale=attn.scaling, dropout_p=dropout_p
     )
-    x = _add_norm(layer.attention.output, mixed.flatten(1), x)
-    return _add_norm(layer.output, _widen(layer.intermediate, x), x)
-
-
-def _bound(layer: nn.Module, batch: VarlenBatch):
-    return lambda x: _layer(layer, x, batch)
-
-
-def _widen(intermediate: nn.Module, x: Tensor) -> Tensor:
-    return intermediate.intermediate_act_fn(linear(intermediate.dense, x))
-
-
-def _add_norm(output: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """``LayerNorm(dropout(dense(x)) + residual)`` with the modules of ``output``."""
-    norm = output.LayerNorm
-    branch = output.dropout(linear(output.dense, x))
-    return add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)[0]
+    x = add_norm(layer.attention.output, mixed.flatten(1), x)
+    return add_norm(layer.output, widen(layer.intermediate, x), x)
 
 
 # ---- embeddings ----------------------------------------------------------------------------------
 
 
-def _embed(embeddings: nn.Module, inputs: PackedInputs) -> Tensor:
-    """(T, hidden): words + token types + positions, normed."""
-    positions = inputs.position_ids
-    if positions is None:
-        positions = _default_positions(embeddings, inputs.batch)
-    _check_positions(embeddings, positions)
-
-    def as_row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.unsqueeze(0)
-
-    return embeddings(
-        input_ids=as_row(inputs.batch.input_ids),
-        token_type_ids=as_row(inputs.token_type_ids),
-        position_ids=as_row(positions),
-        inputs_embeds=as_row(inputs.inputs_embeds),
-    ).squeeze(0)
-
-
-def _default_positions(embeddings: nn.Module, batch: VarlenBatch) -> Tensor:
+def default_positions(embeddings: nn.Module, batch: VarlenBatch) -> Tensor:
     """(T,) int64. RoBERTa counts from padding_idx + 1 and leaves padding tokens out."""
     padding_idx = getattr(embeddings, "padding_idx", None)
     if padding_idx is None:
@@ -112,28 +75,6 @@ def _default_positions(embeddings: nn.Module, batch: VarlenBatch) -> Tensor:
         starts = before[batch.cu_seqlens[:-1].clamp(max=batch.total_tokens - 1)]
     starts = starts.repeat_interleave(batch.lengths, output_size=batch.total_tokens)
     return (before + 1 - starts) * counted + padding_idx
-
-
-def rows_with_positions(
-    inputs: PackedInputs, columns: Tensor | None
-) -> dict[str, Tensor | None] | None:
-    """``_graph_rows`` of a model with a table of absolute positions, by default ``columns``."""
-    if inputs.inputs_embeds is not None:
-        return None
-    positions = columns if inputs.position_ids is None else inputs.position_ids
-    return {"position_ids": positions, "token_type_ids": inputs.token_type_ids}
-
-
-def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
-    limit = getattr(embeddings.position_embeddings, "num_embeddings", None)
-    if limit is None or not _checks.readable(positions) or positions.numel() == 0:
-        return
-    highest = int(positions.amax())
-    if highest >= limit:
-        raise ValueError(
-            f"the input is too long: position {highest}, but the model has position embeddings for "
-            f"0 to {limit - 1} (max_position_embeddings)"
-        )
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -157,7 +98,7 @@ def bert_slots(modeling, name: str) -> dict[str, tuple[type, ...]]:
     }
 
 
-class PackedBert(PackedModel):
+class PackedBert(PackedPostNorm):
     """``bert_packed`` in front of a transformers base model of the BERT family.
 
     The pooler reads the first real token of each row, also under left padding, where transformers
@@ -167,9 +108,9 @@ class PackedBert(PackedModel):
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         return bert_packed(self, inputs, states)
 
-    def _graph_rows(self, inputs: PackedInputs) -> dict[str, Tensor | None] | None:
+    def _graph_columns(self, inputs: PackedInputs) -> Tensor | None:
         from_ids = getattr(self.embeddings, "padding_idx", None) is not None
-        return rows_with_positions(inputs, None if from_ids else inputs.batch.columns)
+        return None if from_ids else inputs.batch.columns
 
     def _output(self, batch: VarlenBatch, hidden: Tensor):
         pooled = None if self.pooler is None else self.pooler(batch.first(hidden).unsqueeze(1))
@@ -185,25 +126,6 @@ class PackedBert(PackedModel):
         if self.config.is_decoder or self.config.add_cross_attention:
             return "a decoder configuration"
         return super()._config_obstacle()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs,
-    ):
-        """As transformers' forward; ``attention_mask`` (rows, columns): nonzero is a real token."""
-        return self._run(
-            CallOptions.read(self.config, kwargs),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )
 
 
 class BertModel(PackedBert, hf.BertModel):

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
-from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
-from fastenc.models.bert import _add_norm, _check_positions, _widen, rows_with_positions
+from fastenc.models._base import Holes, PackedInputs
+from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, widen
 from fastenc.nn import VarlenBatch
 from fastenc.nn.linear import PrepackedLinear, count_fused_steps, linear
 from fastenc.ops import disentangled_attention, varlen_attention
@@ -46,14 +46,9 @@ def deberta_packed(
     Returns:
         (T, hidden).
     """
-    x = _embed(module.embeddings, inputs)
-    relative = _Relative(module.encoder)
-    for layer in module.encoder.layer:
-        if states is not None:
-            states.append(x)
-        run = functools.partial(_layer, layer, batch=inputs.batch, relative=relative)
-        x = layer._gradient_checkpointing_func(run, x) if checkpointed(layer) else run(x)
-    return x
+    x = embed(module.embeddings, inputs)
+    run = functools.partial(_layer, batch=inputs.batch, relative=_Relative(module.encoder))
+    return through(module.encoder.layer, x, states, run)
 
 
 def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, relative: _Relative) -> Tensor:
@@ -75,33 +70,14 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, relative: _Relative)
         )
     else:
         mixed = varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **options)
-    x = _add_norm(layer.attention.output, mixed.flatten(1), x)
-    return _add_norm(layer.output, _widen(layer.intermediate, x), x)
+    x = add_norm(layer.attention.output, mixed.flatten(1), x)
+    return add_norm(layer.output, widen(layer.intermediate, x), x)
 
 
 @functools.lru_cache(maxsize=64)
 def _scale(head_dim: int, terms: int) -> float:
     """transformers takes the square root in float32."""
     return 1.0 / torch.sqrt(torch.tensor(head_dim, dtype=torch.float) * terms).item()
-
-
-def _embed(embeddings: nn.Module, inputs: PackedInputs) -> Tensor:
-    """(T, hidden): words + positions and token types where the model has them, normed."""
-    positions = inputs.position_ids
-    if positions is None:
-        positions = inputs.batch.columns
-    if embeddings.position_embeddings is not None:
-        _check_positions(embeddings, positions)
-
-    def as_row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.unsqueeze(0)
-
-    return embeddings(
-        input_ids=as_row(inputs.batch.input_ids),
-        token_type_ids=as_row(inputs.token_type_ids),
-        position_ids=as_row(positions),
-        inputs_embeds=as_row(inputs.inputs_embeds),
-    ).squeeze(0)
 
 
 # ---- relative positions --------------------------------------------------------------------------
@@ -215,11 +191,7 @@ def _projections(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 # ---- the model -----------------------------------------------------------------------------------
 
 
-class _Holes(ValueError):
-    """Tokens of one sequence are not adjacent columns of the padded input."""
-
-
-class DebertaV2Model(PackedModel, hf.DebertaV2Model):
+class DebertaV2Model(PackedPostNorm, hf.DebertaV2Model):
     """transformers' DebertaV2Model: its config, parameters and outputs, padding-free inside.
 
     Positions of padding in ``last_hidden_state`` and ``hidden_states`` are zeros. Checkpoints with
@@ -239,21 +211,14 @@ class DebertaV2Model(PackedModel, hf.DebertaV2Model):
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         if inputs.batch.gaps and getattr(self.config, "relative_attention", False):
-            raise _Holes("relative positions count the padding between a sequence's tokens")
+            raise Holes("relative positions count the padding between a sequence's tokens")
         return deberta_packed(self, inputs, states)
 
-    def _graph_rows(self, inputs: PackedInputs) -> dict[str, Tensor | None] | None:
-        absolute = self.embeddings.position_embeddings is not None
-        return rows_with_positions(inputs, inputs.batch.columns if absolute else None)
+    def _graph_columns(self, inputs: PackedInputs) -> Tensor | None:
+        return None if self.embeddings.position_embeddings is None else inputs.batch.columns
 
     def _kept_tables(self) -> list[Any]:
         return [_kept[attn] for attn in self.modules() if attn in _kept]
-
-    def _run(self, options: CallOptions, **tensors: Tensor | None):
-        try:
-            return super()._run(options, **tensors)
-        except _Holes:
-            return self._fall_back("an attention_mask with holes", options, tensors)
 
     def _config_obstacle(self) -> str | None:
         if self.encoder.conv is not None:
@@ -264,22 +229,3 @@ class DebertaV2Model(PackedModel, hf.DebertaV2Model):
             if buckets < 4 or buckets % 2 or far - 1 <= buckets // 2:
                 return f"position_buckets = {buckets} with {far} relative positions"
         return super()._config_obstacle()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs,
-    ):
-        """As transformers' forward; ``attention_mask`` (rows, columns): nonzero is a real token."""
-        return self._run(
-            CallOptions.read(self.config, kwargs),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )

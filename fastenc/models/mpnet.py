@@ -12,12 +12,15 @@ positions are counted from token ids, as in RoBERTa.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
-from fastenc.models._base import CallOptions, PackedInputs
-from fastenc.models.bert import PackedBert, _add_norm, _embed, _widen
+from fastenc.models._base import Holes, PackedInputs
+from fastenc.models._post_norm import add_norm, embed, through, widen
+from fastenc.models.bert import PackedBert, default_positions
 from fastenc.nn import VarlenBatch
 from fastenc.nn.linear import linear
 from fastenc.ops import add_layer_norm, varlen_attention
@@ -39,14 +42,10 @@ def mpnet_packed(
     Returns:
         (T, hidden).
     """
-    batch = inputs.batch
-    x = _embed(module.embeddings, inputs)
+    x = embed(module.embeddings, inputs, default_positions)
     rel_bias = module.encoder.relative_attention_bias.weight.t()
-    for layer in module.encoder.layer:
-        if states is not None:
-            states.append(x)
-        x = _layer(layer, x, rel_bias, batch)
-    return x
+    run = functools.partial(_layer, rel_bias=rel_bias, batch=inputs.batch)
+    return through(module.encoder.layer, x, states, run)
 
 
 def _layer(layer: nn.Module, x: Tensor, rel_bias: Tensor, batch: VarlenBatch) -> Tensor:
@@ -61,11 +60,7 @@ def _layer(layer: nn.Module, x: Tensor, rel_bias: Tensor, batch: VarlenBatch) ->
     branch = outer.dropout(linear(attn.o, mixed.flatten(1)))
     norm = outer.LayerNorm
     x = add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps)[0]
-    return _add_norm(layer.output, _widen(layer.intermediate, x), x)
-
-
-class _Holes(ValueError):
-    """Tokens of one sequence are not adjacent columns of the padded input."""
+    return add_norm(layer.output, widen(layer.intermediate, x), x)
 
 
 class MPNetModel(PackedBert, hf.MPNetModel):
@@ -89,14 +84,8 @@ class MPNetModel(PackedBert, hf.MPNetModel):
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         if inputs.batch.gaps:
-            raise _Holes("relative positions count the padding between a sequence's tokens")
+            raise Holes("relative positions count the padding between a sequence's tokens")
         return mpnet_packed(self, inputs, states)
-
-    def _run(self, options: CallOptions, **tensors: Tensor | None):
-        try:
-            return super()._run(options, **tensors)
-        except _Holes:
-            return self._fall_back("an attention_mask with holes", options, tensors)
 
     def _implied_positions(self, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """Counted over the padded rows, as transformers does, so that masks of any kind agree."""

@@ -20,11 +20,13 @@ def _cast(value, dtype: torch.dtype):
     return value.to(dtype) if castable else value
 
 
-def lower_precision(count: int) -> Callable:
-    """The first ``count`` arguments run in the autocast dtype, as torch's matrix products do."""
+def lower_precision(count: int, *others: int) -> Callable:
+    """The first ``count`` arguments, and those at ``others``, run in the autocast dtype, as torch's
+    matrix products do."""
+    cast = {*range(count), *others}
 
     def rule(dtype: torch.dtype, device: str, args: tuple) -> tuple:
-        return tuple(_cast(a, dtype) if i < count else a for i, a in enumerate(args))
+        return tuple(_cast(a, dtype) if i in cast else a for i, a in enumerate(args))
 
     return rule
 

@@ -30,11 +30,6 @@ def _forward_fake(start, end, labels, cu_words, max_width, threshold, label_bias
     )
 
 
-def _autocast(dtype, device, args):
-    args = lower_precision(3)(dtype, device, args)
-    return *args[:6], None if args[6] is None else args[6].to(args[0].dtype)
-
-
 define(
     OpSpec(
         name="span_candidates",
@@ -43,7 +38,7 @@ define(
         " -> (Tensor word, Tensor width, Tensor label, Tensor score)",
         forward_fake=_forward_fake,
         forward_ref=candidates_forward,
-        autocast=_autocast,
+        autocast=lower_precision(3, 6),
     )
 )
 

@@ -56,12 +56,6 @@ def _differentiate(ctx, bwd, grad):
 _INPUTS = "Tensor start, Tensor end, Tensor labels, Tensor cu_words, int max_width"
 
 
-def _autocast(dtype, device, args):
-    args = lower_precision(3)(dtype, device, args)
-    bias = args[5]
-    return *args[:5], None if bias is None else bias.to(args[0].dtype), *args[6:]
-
-
 define(
     OpSpec(
         name="span_score",
@@ -74,7 +68,7 @@ define(
         backward_ref=score_backward,
         save=_save,
         differentiate=_differentiate,
-        autocast=_autocast,
+        autocast=lower_precision(3, 5),
     )
 )
 

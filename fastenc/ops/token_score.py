@@ -62,12 +62,6 @@ def _differentiate(ctx, bwd, grad):
     return *grads, None, dbias if ctx.has_bias else None, None, None
 
 
-def _autocast(dtype, device, args):
-    args = lower_precision(6)(dtype, device, args)
-    bias = args[7]
-    return *args[:7], None if bias is None else bias.to(args[0].dtype), *args[8:]
-
-
 define(
     OpSpec(
         name="token_score",
@@ -81,7 +75,7 @@ define(
         backward_ref=token_backward,
         save=_save,
         differentiate=_differentiate,
-        autocast=_autocast,
+        autocast=lower_precision(6, 7),
     )
 )
 
