@@ -160,6 +160,29 @@ def test_gliner_loads_what_fastenc_saves(kind, tmp_path):
     )
 
 
+def test_a_model_small_enough_for_a_wheel(tmp_path):
+    """docs/gliner.md's sizes: MiniLM's body, a markerV0 head at its width, in fp16."""
+    from bench.accuracy_gliner import untrained
+
+    untrained(tmp_path / "whole")
+    model = fastenc.GLiNER.from_pretrained(tmp_path / "whole")
+    count = {"words": 0, "body": 0, "head": 0}
+    for name, p in model.named_parameters():
+        inside = "body" if name.startswith("token_rep_layer") else "head"
+        count["words" if "word_embeddings" in name else inside] += p.numel()
+    assert {k: round(n / 1e6, 1) for k, n in count.items()} == {
+        "words": 11.7, "body": 11.0, "head": 5.3
+    }  # fmt: skip
+    logits = logits_of(model, WORDS, LABELS)[0]
+    model.half().save_pretrained(tmp_path / "half")
+    size = (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert round(size / 1e6, 1) == 56.1
+    again = fastenc.GLiNER.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    error = (logits_of(again, WORDS, LABELS)[0] - logits)[logits.isfinite()].abs().max()
+    assert 0 < error < 0.01
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("checkpoint")
