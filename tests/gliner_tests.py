@@ -18,6 +18,7 @@ BACKBONES = {
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 16, "pad_token_id": 0,
                        "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
     "bert": {"max_position_embeddings": 512},
+    "roberta": {"max_position_embeddings": 514, "pad_token_id": 0, "type_vocab_size": 1},
 }  # fmt: skip
 CORPUS = (
     "The quick brown fox jumps over the lazy dog while Marie Curie works in Paris for Siemens AG.",
@@ -26,7 +27,7 @@ CORPUS = (
 )
 
 
-def tokenizer(vocab_size: int = 400):
+def tokenizer(vocab_size: int = 400, **given):
     """A byte-level BPE tokenizer with [CLS] and [SEP] around every sequence: any text, no unk."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +45,7 @@ def tokenizer(vocab_size: int = 400):
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "cls", "sep", "unk")}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names, **given)
 
 
 def their_model(
@@ -72,7 +73,7 @@ def their_model(
     extra = {}
     if labels is not None:
         given["labels_encoder"] = "none"
-        extra = {"labels_tokenizer": tokenizer()}
+        extra = {"labels_tokenizer": tokenizer(model_max_length=64)}  # gliner pads labels to it
         given["labels_encoder_config"] = encoder_config(labels)
     kind = GLiNER._get_gliner_class(GLiNERConfig(**copy.deepcopy(given)))
     made = kind.config_class(**given)

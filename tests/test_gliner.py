@@ -190,6 +190,22 @@ def folder(tmp_path_factory):
     return made
 
 
+def test_a_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
+    """The snapshot in the hub's cache, no network; by revision too."""
+    repo = tmp_path / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
+    expected = logits_of(fastenc.GLiNER.from_pretrained(folder), WORDS, LABELS)[0]
+    for given in ({}, {"revision": "0" * 40, "local_files_only": True}):
+        model = fastenc.GLiNER.from_pretrained("someone/tiny", cache_dir=str(tmp_path), **given)
+        assert torch.equal(logits_of(model, WORDS, LABELS)[0], expected)
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: no folder"):
+        fastenc.GLiNER.from_pretrained(
+            "nobody/nothing", cache_dir=str(tmp_path), local_files_only=True
+        )
+
+
 def changed(folder, tmp_path, **values):
     """A copy of the checkpoint with other values in its configuration; None leaves a key out."""
     shutil.copytree(folder, tmp_path / "copy")

@@ -284,6 +284,29 @@ def test_budget_and_order_change_nothing(models):
     same(ours.inference(asked[::-1], LABELS, threshold=0.5)[::-1], expected)
 
 
+def test_batches_keep_to_the_budget_with_their_prompts(models, monkeypatch):
+    _, ours = models
+    sizes, candidates = [], type(ours).candidates
+
+    def seeing(self, batch, *args, **given):
+        sizes.append((batch.tokens.total_tokens, batch.num_seqs))
+        return candidates(self, batch, *args, **given)
+
+    monkeypatch.setattr(type(ours), "candidates", seeing)
+    asked = [text for text in itertools.islice(texts(seed=4), 60) if text.strip()]
+    ours.inference(asked, LABELS, token_budget=400)
+    assert all(tokens <= 400 or count == 1 for tokens, count in sizes)
+    assert sum(count for _, count in sizes) >= len(asked) > 2 * len(sizes)
+
+
+def test_progress_is_shown_where_asked(models, capfd):
+    _, ours = models
+    for shown in (False, True):
+        capfd.readouterr()
+        ours.inference(["Marie Curie", "Paris"], LABELS, show_progress=shown)
+        assert bool(capfd.readouterr().err) == shown
+
+
 def test_blank_texts_and_one_very_long_word(models):
     theirs, ours = models
     assert ours.inference(["", "  ", "\n"], LABELS) == [[], [], []]

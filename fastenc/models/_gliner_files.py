@@ -112,9 +112,15 @@ def _folder(path: str | os.PathLike, hub: dict[str, Any]) -> Path:
             )
         return Path(path)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = [CONFIG, SAFE, PICKLED, "*token*", "*.model", "vocab*", "labels_tokenizer/*"]
-    return Path(snapshot_download(os.fspath(path), allow_patterns=patterns, **hub))
+    try:
+        return Path(snapshot_download(os.fspath(path), allow_patterns=patterns, **hub))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: no folder, not in the hub's cache, and the hub was not reached: {error}"
+        ) from error
 
 
 def _tokenizer(folder: Path, name: str | None, markers: bool = True) -> Any:
