@@ -87,6 +87,22 @@ def test_identical_entities(models, options, count):
         assert all(text[e["start"] : e["end"]] == e["text"] for e in entities)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"backbone": "modernbert"}, {"backbone": "bert"}, {"backbone": "roberta"},
+     {"span_mode": "token_level"}, {"span_mode": "marker", "subtoken_pooling": "mean"}],
+    ids=str,
+)  # fmt: skip
+def test_identical_entities_of_other_models(given, tmp_path):
+    theirs = gliner_tests.their_model(decisive=True, **given)
+    asked = decided(theirs, (text[:160] for text in texts(seed=1)), 40, LABELS)
+    expected = theirs.inference(asked, LABELS, batch_size=8)
+    assert sum(map(len, expected)) > 40
+    with fastenc.record() as ran:
+        same(gliner_tests.ours(theirs, tmp_path).inference(asked, LABELS), expected)
+    assert ran.fallbacks == []
+
+
 # ---- decoding against gliner's decoder ----------------------------------------------------------
 
 

@@ -70,10 +70,18 @@ def far(a, b) -> float:
     ("tiny", {"num_iterations": 2, "batch_size": (5, 2), "l2_weight": 0.3}),
     ("tiny", {"max_steps": 3, "body_learning_rate": (1e-3, 1e-5)}),
     ("MiniLM", {"max_steps": 5}),
+    ("prompted", {"max_steps": 3, "body_learning_rate": (1e-3, 1e-5)}),
 ])  # fmt: skip
-def test_exact_pairing_trains_as_setfit(folder, body, given):
+def test_exact_pairing_trains_as_setfit(folder, tmp_path, body, given):
+    """ "prompted": the body's default prompt is read in stage 2 and in prediction, not in pairs."""
     peer.quiet()
     source = MINILM if body == "MiniLM" else folder
+    if body == "prompted":
+        model = SentenceTransformer(folder, device="cpu", prompts={"query": "find the best: "},
+                                    default_prompt_name="query")  # fmt: skip
+        model.save(str(tmp_path))
+        source = str(tmp_path)
+        assert model_of(source).body.default_prompt == "query"
     before = peer.weights(model_of(source).body)
     expected = peer.load(source)
     peer.without_dropout(expected.model_body)
