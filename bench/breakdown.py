@@ -1,6 +1,6 @@
 """``python -m bench.breakdown``: where ModernBERT-base's time goes on the CPU, and its floor.
 
-For each row of the end-to-end suite: the floor (the linear layers alone as torch runs them, plus
+For each row of the end-to-end suite: the floor (the linear layers alone as fastenc runs them, plus
 the attention's useful FLOPs at the matrix rate), what fastenc takes, plain and prepacked, all run
 in turn in one process; then the parts of one profiled call: linear, attention, elementwise
 (fastenc's other kernels), other (torch's other ops), python (between the ops). ``--cpu-time``
@@ -21,29 +21,15 @@ import typer
 from bench import measure, models, peers
 from bench.report import markdown_table
 
-PARTS = ("linear", "attention", "elementwise", "other", "python")
+PARTS = (*models.PARTS, "python")
 OURS = ("fastenc", "fastenc prepacked")
-_LINEAR = ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise")
-
-
-def part_of(op: str) -> str:
-    """The part that an op of torch's profiler belongs to."""
-    if op in _LINEAR:
-        return "linear"
-    if "attention" in op:
-        return "attention"
-    return "elementwise" if op.startswith("fastenc") else "other"
 
 
 def parts_of(run: Callable[[], object]) -> dict[str, float]:
     """Seconds of one call by part: self CPU time of ops, and what lies between them."""
-    parts = dict.fromkeys(PARTS, 0.0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        spent = measure.seconds(run)
-    for event in profile.key_averages():
-        parts[part_of(event.key)] += event.self_cpu_time_total / 1e6
-    parts["python"] = max(0.0, spent - sum(parts.values()))
-    return parts
+    spent: list[float] = []
+    parts = models.breakdown(lambda: spent.append(measure.seconds(run)))
+    return parts | {"python": max(0.0, spent[0] - sum(parts.values()))}
 
 
 def row_figures(model, runners, row: models.Row, rounds: int, clock) -> dict[str, object]:

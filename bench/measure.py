@@ -140,8 +140,8 @@ MATRIX_FLOPS = 2 * 2048 * 768 * 2304
 
 
 def matrix_product() -> Callable[[], torch.Tensor]:
-    """An fp32 linear layer at ModernBERT-base's Wi shape, 2048 tokens: ``MATRIX_FLOPS``; by MKL or
-    oneDNN, whichever fastenc takes on this machine."""
+    """An fp32 linear layer at ModernBERT-base's Wi shape, 2048 tokens: ``MATRIX_FLOPS``; by
+    fastenc's product or torch's, whichever fastenc takes on this machine."""
     x, layer = torch.randn(2048, 768), torch.nn.Linear(768, 2304, bias=False)
 
     @torch.inference_mode()

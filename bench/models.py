@@ -2,7 +2,7 @@
 
 The floor, measured in the same run: the linear layers alone at the number of real tokens, plus the
 attention's FLOPs (query-key pairs inside the windows, edges counted exactly) at the rate of a
-linear layer; both by MKL's or oneDNN's product, whichever fastenc takes on this machine. Outputs
+linear layer; both by the product that fastenc takes on this machine. Outputs
 are compared before anything is timed.
 """
 
@@ -92,21 +92,29 @@ def attention_flops(config, lengths: tuple[int, ...]) -> int:
     return total
 
 
+PARTS = ("linear", "attention", "elementwise", "other")
+_LINEAR = (
+    "aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise", "fastenc::linear_fwd",
+    "fastenc::linear_geglu_fwd",
+)  # fmt: skip
+
+
+def part_of(op: str) -> str:
+    """The part that an op of torch's profiler belongs to."""
+    if op in _LINEAR:
+        return "linear"
+    if "attention" in op:
+        return "attention"
+    return "elementwise" if op.startswith("fastenc") else "other"
+
+
 def breakdown(run) -> dict[str, float]:
     """Seconds of one call by part, from torch's profiler (self CPU time)."""
-    parts = {"linear": 0.0, "attention": 0.0, "elementwise": 0.0, "other": 0.0}
+    parts = dict.fromkeys(PARTS, 0.0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     for event in profile.key_averages():
-        name, spent = event.key, event.self_cpu_time_total / 1e6
-        if name in ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"):
-            parts["linear"] += spent
-        elif "attention" in name:
-            parts["attention"] += spent
-        elif name.startswith("fastenc"):
-            parts["elementwise"] += spent
-        else:
-            parts["other"] += spent
+        parts[part_of(event.key)] += event.self_cpu_time_total / 1e6
     return parts
 
 

@@ -62,7 +62,7 @@ def lora_parity(wrapped: nn.Module, plain: nn.Module) -> None:
     _, expected = outputs_and_gradients(plain, inputs, real)
     _, exact = outputs_and_gradients(copy.deepcopy(plain).double(), inputs, real)
     assert actual.keys() == expected.keys() and all("lora" in name for name in actual)
-    check_gradients(actual, expected, exact)
+    check_gradients([actual], [expected], [exact])
 
 
 def test_lora_is_exact_and_packed(reference):

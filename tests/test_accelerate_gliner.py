@@ -100,7 +100,7 @@ def test_loss_and_gradients(kind):
             {n: p.grad for n, p in model.model.named_parameters() if p.grad is not None}
         )
     used = {n for n, g in gradients[2].items() if g.abs().max() > 0}
-    check_gradients(*({n: found[n] for n in used} for found in gradients))
+    check_gradients(*([{n: found[n] for n in used}] for found in gradients))
 
 
 @pytest.mark.parametrize("kind", ["span", "token", "bi-encoder"])

@@ -23,9 +23,6 @@ FAMILIES = {
     "XLMRoberta": MODERN,
 }
 NAMES = [f"{family}For{head}" for family, heads in FAMILIES.items() for head in heads]
-# The cotangents of seed 1 cancel in a bias of layer 0: fastenc's ops in plain PyTorch miss by 1.8
-# times what transformers does there, the kernels by 2.6; by at most 1.1 under the seeds 2 to 8.
-SEEDS = {"BertForTokenClassification": 2}
 READS_PADDING = "the loss reads hidden states of the padding"
 
 
@@ -41,10 +38,13 @@ def model_of(name: str, **options):
 
 def inputs_of(name: str, side: str = "right") -> dict:
     """Padded inputs with labels, none of them in the padding."""
-    ids, mask = padded((17, 7, 1, 12), 17, 99, side)
+    head = name.partition("For")[2]
+    lengths = (17, 7, 1, 12)
+    if head == "MultipleChoice":  # one number a row: of four, plain PyTorch's may all be lucky
+        lengths *= 4
+    ids, mask = padded(lengths, 17, 99, side)
     g = torch.Generator().manual_seed(0)
     chosen = (torch.rand(ids.shape, generator=g) < 0.4) & (mask == 1)
-    head = name.partition("For")[2]
     labels = {
         "MaskedLM": {"labels": torch.where(chosen, ids, -100)},
         "PreTraining": {"labels": torch.where(chosen, ids, -100),
@@ -54,10 +54,10 @@ def inputs_of(name: str, side: str = "right") -> dict:
         "TokenClassification": {"labels": torch.where(chosen, ids % 2, -100)},
         "QuestionAnswering": {"start_positions": torch.tensor([3, 2, 0, 1]),
                               "end_positions": torch.tensor([5, 2, 0, 4])},
-        "MultipleChoice": {"labels": torch.tensor([1, 0])},
+        "MultipleChoice": {"labels": torch.arange(8) % 2},
     }[head]  # fmt: skip
     if head == "MultipleChoice":
-        ids, mask = ids.view(2, 2, 17), mask.view(2, 2, 17)
+        ids, mask = ids.view(8, 2, 17), mask.view(8, 2, 17)
     return {"input_ids": ids, "attention_mask": mask} | labels
 
 
@@ -74,7 +74,7 @@ def test_parity(name):
     accelerated = fastenc.accelerate(copy.deepcopy(reference))
     inputs = inputs_of(name)
     with fastenc.record() as ran:
-        check_model(accelerated, reference, inputs, seed=SEEDS.get(name, 1))
+        check_model(accelerated, reference, inputs)
     base = f"{name.partition('For')[0]}Model"
     expected = [f"{base}: {READS_PADDING}"] if name.endswith("QuestionAnswering") else []
     assert ran.fallbacks == expected

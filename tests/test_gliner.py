@@ -9,7 +9,7 @@ import shutil
 import gliner_tests
 import pytest
 import torch
-from model_tests import check_gradients
+from model_tests import COTANGENTS, check_gradients
 
 import fastenc
 from fastenc.nn import VarlenBatch
@@ -54,12 +54,16 @@ def check(theirs, model, words=WORDS, labels=LABELS):
 
     def run(logits, parameters):
         seen = logits[valid]
-        g = torch.Generator().manual_seed(3)
-        weights = torch.randn(seen.shape, generator=g).to(seen)
-        named = [(n, p) for n, p in parameters if p.requires_grad]
-        grads = torch.autograd.grad((seen * weights).sum(), [p for _, p in named],
-                                    allow_unused=True)  # fmt: skip
-        return seen.detach(), {n: g for (n, _), g in zip(named, grads, strict=True)}
+        named = {n: p for n, p in parameters if p.requires_grad}
+        drawn = []
+        for seed in COTANGENTS:
+            g = torch.Generator().manual_seed(seed)
+            weights = torch.randn(seen.shape, generator=g).to(seen)
+            grads = torch.autograd.grad(
+                (seen * weights).sum(), list(named.values()), allow_unused=True, retain_graph=True
+            )
+            drawn.append(dict(zip(named, grads, strict=True)))
+        return seen.detach(), drawn
 
     plain, plain_grads = run(
         gliner_tests.their_logits(theirs, words, labels)[0], theirs.model.named_parameters()
@@ -71,10 +75,11 @@ def check(theirs, model, words=WORDS, labels=LABELS):
     actual, grads = run(ours, model.named_parameters())
     assert exact.std() > 0.1
     assert_parity("logits", actual, plain, exact)
-    used = {n for n, g in exact_grads.items() if g is not None and g.abs().max() > 0}
-    assert len(used) > 20 and all(grads[n] is not None for n in used)
-    pick = [{n: found[n] for n in used} for found in (grads, plain_grads, exact_grads)]
-    check_gradients(*pick)
+    used = {n for n, g in exact_grads[0].items() if g is not None and g.abs().max() > 0}
+    assert len(used) > 20 and all(g[n] is not None for g in grads for n in used)
+    check_gradients(
+        *([{n: g[n] for n in used} for g in of] for of in (grads, plain_grads, exact_grads))
+    )
 
 
 @pytest.mark.parametrize("backbone", gliner_tests.BACKBONES)

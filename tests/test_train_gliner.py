@@ -120,7 +120,7 @@ def test_gradients_are_gliners(head, loss, tmp_path):
     assert_parity("loss", actual.detach(), plain, exact)
     used = {n for n, g in exact_grads.items() if g is not None and g.abs().max() > 0}
     assert len(used) > 20
-    check_gradients(*({n: g[n] for n in used} for g in (grads, plain_grads, exact_grads)))
+    check_gradients(*([{n: g[n] for n in used}] for g in (grads, plain_grads, exact_grads)))
 
 
 def test_bce_is_gliners_cross_entropy_within_its_clamp():

@@ -18,6 +18,7 @@
 //       load_int(const int32_t*) store_int(int32_t*, v)
 //       multiply_wide(a, b, &high, &low)        unsigned 32 x 32 -> 64
 //   transpose(v)                                array of kLanes vectors, in place
+//   sums(v)                                     array of kLanes vectors; lane i is sum(v[i])
 #if defined(FASTENC_SIMD_TOGGLE) == defined(FASTENC_ISA_TOGGLE)
 #ifdef FASTENC_SIMD_TOGGLE
 #undef FASTENC_SIMD_TOGGLE

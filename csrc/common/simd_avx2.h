@@ -155,6 +155,20 @@ FASTENC_INLINE float sum(vf a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+FASTENC_INLINE __m256 add_halves(__m256 a, __m256 b) {
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+FASTENC_INLINE __m256 add_pairs(__m256 a, __m256 b) {
+  return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+}
+FASTENC_INLINE vf sums(const vf (&r)[kLanes]) {
+  __m256 two[4];
+  for (int i = 0; i < 4; ++i) {
+    two[i] = add_halves(r[i].v, r[i + 4].v);
+  }
+  const __m256 low = add_pairs(two[0], two[1]), high = add_pairs(two[2], two[3]);
+  return {_mm256_add_ps(_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd))};
+}
 FASTENC_INLINE float max_lane(vf a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));

@@ -139,6 +139,23 @@ FASTENC_INLINE float sum(vf a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+FASTENC_INLINE __m512 add_halves(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+FASTENC_INLINE __m512 add_quarters(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+FASTENC_INLINE __m512 add_pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+FASTENC_INLINE vf sums(const vf (&r)[kLanes]) {
+  __m512 four[4];
+  for (int i = 0; i < 4; ++i) {
+    four[i] = add_quarters(add_halves(r[i].v, r[i + 4].v), add_halves(r[i + 8].v, r[i + 12].v));
+  }
+  const __m512 low = add_pairs(four[0], four[1]), high = add_pairs(four[2], four[3]);
+  return {_mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd))};
+}
 FASTENC_INLINE float max_lane(vf a) {
   const __m256 upper = _mm512_extractf32x8_ps(a.v, 1);
   const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a.v), upper);

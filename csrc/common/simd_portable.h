@@ -130,6 +130,13 @@ FASTENC_INLINE void multiply_wide(vi a, vi b, vi* high, vi* low) {
 }
 
 FASTENC_INLINE float sum(vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+FASTENC_INLINE vf sums(const vf (&r)[kLanes]) {
+  vf out;
+  for (int i = 0; i < kLanes; ++i) {
+    out.v[i] = sum(r[i]);
+  }
+  return out;
+}
 FASTENC_INLINE float max_lane(vf a) {
   const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1];
   const float y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];

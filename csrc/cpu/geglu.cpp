@@ -11,63 +11,15 @@
 #include "../common/checks.h"
 #include "../common/launch_counts.h"
 #include "../common/parallel.h"
-
-#ifndef FASTENC_GEGLU_ACTIVATION
-#define FASTENC_GEGLU_ACTIVATION
-namespace fastenc {
-enum class Activation { kGelu, kGeluTanh, kSilu };
-}
-#endif
+#include "activation.h"
 
 #define FASTENC_KERNEL_FILE "../cpu/geglu.cpp"
 #include "../common/foreach_isa.h"
 
 #ifdef FASTENC_ISA
+#include "activations.h"
+
 namespace fastenc::cpu::FASTENC_ISA {
-
-struct ActivationAndSlope {
-  vf value, slope;
-};
-
-constexpr float kSqrtHalf = 0.707106781f;
-constexpr float kInvSqrt2Pi = 0.398942280f;
-constexpr float kSqrt2OverPi = 0.797884561f;
-constexpr float kCubic = 0.044715f;
-
-FASTENC_INLINE vf sigmoid(vf a) { return set(1.0f) / (set(1.0f) + exp(-a)); }
-
-FASTENC_INLINE vf gelu_tanh_of(vf a) {
-  return tanh(set(kSqrt2OverPi) * fma(set(kCubic) * a * a, a, a));
-}
-
-template <Activation kActivation>
-FASTENC_INLINE vf activate(vf a) {
-  if constexpr (kActivation == Activation::kSilu) {
-    return a * sigmoid(a);
-  } else if constexpr (kActivation == Activation::kGelu) {
-    return set(0.5f) * a * (set(1.0f) + erf(a * set(kSqrtHalf)));
-  } else {
-    return set(0.5f) * a * (set(1.0f) + gelu_tanh_of(a));
-  }
-}
-
-template <Activation kActivation>
-FASTENC_INLINE ActivationAndSlope activate_with_slope(vf a) {
-  const vf one = set(1.0f), half = set(0.5f);
-  if constexpr (kActivation == Activation::kSilu) {
-    const vf s = sigmoid(a);
-    return {a * s, s * fma(a, one - s, one)};
-  } else if constexpr (kActivation == Activation::kGelu) {
-    const vf cdf = half * (one + erf(a * set(kSqrtHalf)));
-    const vf pdf = set(kInvSqrt2Pi) * exp(set(-0.5f) * a * a);
-    return {a * cdf, fma(a, pdf, cdf)};
-  } else {
-    const vf t = gelu_tanh_of(a);
-    const vf inner = set(kSqrt2OverPi) * fma(set(3.0f * kCubic) * a, a, one);
-    const vf cdf = half * (one + t);
-    return {a * cdf, fma(half * a * (one - t * t), inner, cdf)};
-  }
-}
 
 template <typename T, Activation kActivation>
 void geglu_rows(const T* x, T* y, int64_t inner, int64_t begin, int64_t end) {
@@ -117,19 +69,6 @@ namespace fastenc::cpu {
 namespace {
 
 constexpr int64_t kGrainElements = 16384;
-
-// Calls f(std::integral_constant<Activation, ...>).
-template <typename F>
-void dispatch_activation(const std::string& name, F&& f) {
-  if (name == "gelu") {
-    f(std::integral_constant<Activation, Activation::kGelu>{});
-  } else if (name == "gelu_tanh") {
-    f(std::integral_constant<Activation, Activation::kGeluTanh>{});
-  } else {
-    STD_TORCH_CHECK(name == "silu", "activation: expected gelu, gelu_tanh or silu, got ", name);
-    f(std::integral_constant<Activation, Activation::kSilu>{});
-  }
-}
 
 int64_t inner_size(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % 2 == 0,

@@ -37,9 +37,9 @@ def accelerate(obj: T, *, prepack: bool = False, cuda_graphs: bool = False) -> T
         obj: a transformers model, or any module that contains one; a SentenceTransformer or
             CrossEncoder, whose ``encode`` and ``predict`` then also make batches by tokens; a
             setfit.SetFitModel.
-        prepack: also keep the weights of its linear layers in the layout of the CPU's matrix
-            product (:func:`fastenc.nn.prepack`): faster without gradients, at the memory of those
-            weights once more.
+        prepack: also keep the weights of its linear layers in oneDNN's layout where the CPU takes
+            its product (:func:`fastenc.nn.prepack`: bf16; fp32 on Intel's processors): faster
+            without gradients, at the memory of those weights once more.
         cuda_graphs: run packed forwards without gradients through CUDA graphs, captured once a
             bucket of (tokens, sequences, longest); for small batches, whose launches take longer
             than their kernels. Says so in ``record().fallbacks`` where it cannot.

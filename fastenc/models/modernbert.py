@@ -5,7 +5,7 @@ Pre-norm layers; the residual sum and the next norm are one op:
     normed, x = add_layer_norm(branch, x)      branch: the previous block's output
     branch    = Wo(rope_varlen_attention(Wqkv(normed)))
     normed, x = add_layer_norm(branch, x)
-    branch    = Wo(geglu(Wi(normed)))
+    branch    = Wo(geglu(Wi(normed)))           one kernel without gradients on a CPU
 
 Warner et al. 2024, arXiv:2412.13663. Ettin, mmBERT, gte-modernbert and Granite embedding R2 are
 configurations of it.
@@ -25,11 +25,10 @@ from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpo
 from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
-from fastenc.nn.linear import linear
+from fastenc.nn.linear import gated, linear
 from fastenc.ops import (
     _checks,
     add_layer_norm,
-    geglu,
     rope,
     rope_varlen_attention,
     varlen_attention,
@@ -94,7 +93,7 @@ def _attention(attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn) -> T
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    return linear(mlp.Wo, mlp.drop(_gate(mlp, linear(mlp.Wi, x))))
+    return linear(mlp.Wo, mlp.drop(_gate(mlp, x)))
 
 
 def _whole_layer(layer: nn.Module, batch: VarlenBatch, turn: _Turn):
@@ -123,9 +122,9 @@ def _norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Te
 def _gate(mlp: nn.Module, x: Tensor) -> Tensor:
     activation = _GEGLU.get(type(mlp.act).__name__)
     if activation is not None:
-        return geglu(x, activation)
+        return gated(mlp.Wi, x, activation)
     note_fallback(f"ModernBERT: no gated kernel for {type(mlp.act).__name__}, plain PyTorch runs")
-    a, gate = x.chunk(2, dim=-1)
+    a, gate = linear(mlp.Wi, x).chunk(2, dim=-1)
     return mlp.act(a) * gate
 
 

@@ -1,13 +1,14 @@
-"""Linear layers on a CPU: weights packed once for oneDNN, and its product where it is asked for.
+"""Linear layers on a CPU: this library's matrix product, and weights packed once for oneDNN.
 
-torch's ``F.linear`` takes MKL for fp32, which keeps its best kernels for Intel's processors: on an
-AMD EPYC (Zen 4) oneDNN's product of the same two matrices is 1.04 to 1.26 times as fast from 128
-rows on and twice as fast for one to four (AVX2 and AVX-512, 2 threads). It sums in longer runs,
-though: its error is 1.4 times MKL's at 384 and 768 inputs and 2.2 times at 1152 and more (rms),
-past the bound of this library's kernels. So it is taken only where it is asked for:
+torch's ``F.linear`` takes MKL for fp32, which keeps its best kernels for Intel's processors. On
+others with AVX2 :func:`linear` and :func:`product` take the op of :mod:`fastenc.ops.linear`, for
+the gradients too: the same rounding error, on an AMD EPYC (Zen 4) 1.05 to 1.4 times as fast for
+many rows and 1.2 to 3 times for few (``bench/bench_linear.py``). ``FASTENC_LINEAR=torch`` leaves
+every product to torch, ``FASTENC_LINEAR=fastenc`` none that the op serves.
+
 :func:`prepack` keeps a copy of the weight in oneDNN's blocked layout, at the memory of the weight
-again, fastest for few rows and in bf16; ``FASTENC_ONEDNN=1`` lets :func:`linear` take it without a
-copy, also for the gradient of the input. ``bench/bench_linear.py`` measures all three.
+again: in bf16, and in fp32 where the product above is not taken. oneDNN adds up longer runs: its
+fp32 error is 1.4 times MKL's at 384 and 768 inputs and 2.2 times at 1152 and more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastenc.ops._registry import note_fallback
+from fastenc.ops import _library
+from fastenc.ops import linear as _op  # noqa: F401  defines the op
+from fastenc.ops._registry import chosen_backend, note_fallback, unavailable
+from fastenc.ops.geglu import geglu
 
 _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
     weakref.WeakKeyDictionary()
@@ -30,8 +34,7 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; under ``FASTENC_ONEDNN=1`` a plain fp32 ``nn.Linear`` takes oneDNN's product,
-    with its gradients.
+    """``layer(x)``; a plain ``nn.Linear`` takes :func:`product`, with its gradients.
 
     Args:
         layer: any module; what is not exactly an ``nn.Linear``, has hooks or another ``forward``,
@@ -41,96 +44,130 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (..., out_features).
     """
+    if not torch.compiler.is_compiling() and type(layer) is nn.Linear and _is_plain(layer):
+        return product(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def gated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """``geglu(linear(layer, x), activation)``; without gradients, for more than a few rows of fp32
+    on a CPU, in one kernel that never holds the product whole.
+
+    Args:
+        layer: any module from (..., in_features) to (..., 2 I), as for :func:`linear`.
+        x: (..., in_features).
+        activation: as for :func:`fastenc.geglu`.
+
+    Returns:
+        (..., I).
+    """
     if (
         not torch.compiler.is_compiling()
-        and type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
+        and not torch.is_grad_enabled()
+        and type(layer) in (nn.Linear, PrepackedLinear)
+        and _is_plain(layer)
+        and x.numel() >= _MANY_ROWS * x.shape[-1]
+        and _is_served(x, layer.weight, layer.bias)
+    ):
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.ops.fastenc.linear_geglu_fwd(rows, layer.weight, layer.bias, activation)
+        return y.view(*x.shape[:-1], -1)
+    return geglu(linear(layer, x), activation)
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether calling the layer is its product and nothing else."""
+    return (
+        type(layer.weight) is nn.Parameter
         and "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and not layer._backward_hooks
         and not layer._backward_pre_hooks
         and not torch_modules._has_any_global_hook()
-    ):
-        return product(x, layer.weight, layer.bias)
-    return layer(x)
+    )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``; in fp32 on a CPU by oneDNN under ``FASTENC_ONEDNN=1``.
+    """``F.linear(x, weight, bias)``, differentiable; fp32 on a CPU by fastenc's product.
 
-    A weight with gaps (a slice of columns) is copied for many rows: MKL's product is a third slower
-    on it, and oneDNN falls to a reference loop.
+    Args:
+        x: (..., K).
+        weight: (N, K), of any strides.
+        bias: (N,).
+
+    Returns:
+        (..., N).
     """
     if torch.compiler.is_compiling():  # before what it cannot trace
         return F.linear(x, weight, bias)
-    many = x.numel() >= _COPY_FROM_ROWS * x.shape[-1]
-    if many and x.device.type == "cpu" and not torch.is_grad_enabled():
-        weight = weight.contiguous()
-    if (
-        not _plain_on_cpu(x, weight)
-        or x.dtype != torch.float32
-        or not (weight.is_contiguous() or many)
-        or torch._C._are_functorch_transforms_active()
-        or not prefers_onednn()
-    ):
+    if not _is_served(x, weight, bias):
+        if x.numel() >= _MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+            weight = weight.contiguous()  # MKL is a third slower on a weight with gaps
         return F.linear(x, weight, bias)
-    x, weight = x.contiguous(), weight.contiguous()
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
-        return _Product.apply(x, weight, bias)
-    return _product(x, weight, bias)
+        y = _Product.apply(rows, weight, bias)
+    else:
+        y = torch.ops.fastenc.linear_fwd(rows, weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):
-    """The product and its gradients; the weight's, a product over the rows, is MKL's."""
-
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return torch.ops.fastenc.linear_fwd(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled():  # the gradient is to be differentiated again
-                dx = grad @ weight
-            else:
-                dx = _product(grad.contiguous(), weight.t(), None)
+            dx = product(grad, weight.t())
         if ctx.needs_input_grad[1]:
-            dw = rows.t() @ x.reshape(-1, x.shape[-1])
+            dw = product(grad.t(), x.t())
         if ctx.needs_input_grad[2]:
-            db = rows.sum(0)
+            db = grad.sum(0)
         return dx, dw, db
 
 
-_COPY_FROM_ROWS = 64
+_MANY_ROWS = 64
 
 
-@functools.cache
-def prefers_onednn() -> bool:
-    """Whether fp32 products are oneDNN's: ``FASTENC_ONEDNN=1``, read once."""
-    return os.environ.get("FASTENC_ONEDNN") == "1" and torch.backends.mkldnn.is_available()
-
-
-def _plain_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of one dtype on a CPU, without autocast, is all that is asked for."""
+def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether fastenc's product is to be taken, and is for these tensors."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.device.type == "cpu"
-        and weight.device.type == "cpu"
-        and x.dtype == weight.dtype
+        prefers_own()
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and x.dim() > 0
         and x.numel() > 0
-        and torch.backends.mkldnn.enabled
+        and weight.dim() == 2
+        and chosen_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+@functools.cache
+def prefers_own() -> bool:
+    """Whether fp32 products on this machine's CPU are fastenc's unless somebody else is asked for.
+
+    Raises:
+        ValueError: FASTENC_LINEAR is neither "torch", "fastenc" nor empty.
+    """
+    asked = os.environ.get("FASTENC_LINEAR", "")
+    if asked not in ("", "torch", "fastenc"):
+        raise ValueError(f"FASTENC_LINEAR: expected torch or fastenc, got {asked!r}")
+    if unavailable("linear", "cpu") is not None or asked == "torch":
+        return False
+    vectors = _library._C.cpu_isa() != "portable"
+    return asked == "fastenc" or (vectors and not _library._C.cpu_is_intel())
 
 
 class PrepackedLinear(nn.Linear):
@@ -146,15 +183,19 @@ class PrepackedLinear(nn.Linear):
         packed = self._weight_for(x)
         if packed is None:
             return product(x, self.weight, self.bias)
-        return _product(x, packed, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
         w = self.weight
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()  # before what it cannot trace
-            or not _plain_on_cpu(x, w)
+            or not (x.device.type == w.device.type == "cpu" and x.dtype == w.dtype)
+            or x.numel() == 0
+            or not torch.backends.mkldnn.enabled
+            or torch.is_autocast_enabled("cpu")
             or w.is_inference()
+            or (w.dtype == torch.float32 and prefers_own())
         ):
             return None
         key = (w.data_ptr(), w._version, w.dtype, w.shape)

@@ -148,7 +148,7 @@ class GLiNERTrainer(transformers.Trainer):
                 targets, class_dim, seq_of_word, batch.num_seqs, args.masking, args.negatives
             )
             valid = valid if kept is None else valid & kept
-        return (each * valid).sum()
+        return (each * valid).sum(dtype=torch.float64).to(each.dtype)
 
     def _divisor(self, data: TrainingBatch, everywhere: bool) -> int:
         """What a mean is over: spans, or words and labels; of all processes' batches."""

@@ -1,0 +1,26 @@
+// The activations of a gated layer, by name; included once.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "../common/checks.h"
+
+namespace fastenc::cpu {
+
+enum class Activation { kGelu, kGeluTanh, kSilu };
+
+// Calls f(std::integral_constant<Activation, ...>).
+template <typename F>
+void dispatch_activation(const std::string& name, F&& f) {
+  if (name == "gelu") {
+    f(std::integral_constant<Activation, Activation::kGelu>{});
+  } else if (name == "gelu_tanh") {
+    f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+  } else {
+    STD_TORCH_CHECK(name == "silu", "activation: expected gelu, gelu_tanh or silu, got ", name);
+    f(std::integral_constant<Activation, Activation::kSilu>{});
+  }
+}
+
+}  // namespace fastenc::cpu
