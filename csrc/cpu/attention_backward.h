@@ -32,7 +32,7 @@ struct BackwardTask {
   }
 };
 
-// Sums the parts [first_task, first_task + parts) into dq of queries [begin, end).
+// Sums the parts (every heads-th task from first_task on) into dq of queries [begin, end).
 struct ReduceTask {
   int64_t first_task;
   int64_t parts;
@@ -71,14 +71,14 @@ inline int64_t keys_in_part(const AttentionProblem& p, int64_t n) {
   return is_narrow(p, n) ? kNarrowPart : std::max(kWidePart, round_up((n + 3) / 4, 256));
 }
 
-// The queries of a split sequence whose dq no part completes, in chunks.
-inline void plan_reductions(const AttentionProblem& p, int64_t first_task, BackwardPlan* plan) {
+// The queries of a split sequence and head whose dq none of the parts completes, in chunks.
+inline void plan_reductions(const AttentionProblem& p, int64_t first_task, int64_t parts,
+                            BackwardPlan* plan) {
   constexpr int64_t kReduceChunk = 256;
-  const int64_t parts = static_cast<int64_t>(plan->tasks.size()) - first_task;
   const int64_t n = p.length(plan->tasks[first_task].seq);
   const auto complete = [&](int64_t query) {
     const int64_t part = query / (plan->tasks[first_task].key_end);
-    return is_narrow(p, n) && plan->tasks[first_task + part].completes(p, query);
+    return is_narrow(p, n) && plan->tasks[first_task + part * p.heads].completes(p, query);
   };
   for (int64_t begin = 0; begin < n; begin += kQueryGrid) {
     if (complete(begin)) {
@@ -101,10 +101,11 @@ inline BackwardPlan make_backward_plan(const AttentionProblem& p) {
     const int64_t n = p.length(seq);
     const int64_t size = keys_in_part(p, n);
     const int64_t keys_seen = std::min(n, p.left(n) + p.right(n) + 1);
-    for (int64_t head = 0; head < p.heads; ++head) {
-      const int64_t first = static_cast<int64_t>(plan.tasks.size());
-      for (int64_t begin = 0; begin < n; begin += size) {
-        const int64_t end = std::min(begin + size, n);
+    const int64_t first = static_cast<int64_t>(plan.tasks.size());
+    // All heads of a part in turn: they share its pages.
+    for (int64_t begin = 0; begin < n; begin += size) {
+      const int64_t end = std::min(begin + size, n);
+      for (int64_t head = 0; head < p.heads; ++head) {
         BackwardTask task{
             static_cast<int32_t>(seq), static_cast<int32_t>(head), begin, end, 0, 0, -1};
         task.query_begin = round_down(std::max<int64_t>(0, begin - p.right(n)), kQueryGrid);
@@ -116,9 +117,9 @@ inline BackwardPlan make_backward_plan(const AttentionProblem& p) {
         plan.tasks.push_back(task);
         plan.costs.push_back((end - begin) * keys_seen);
       }
-      if (n > size) {
-        plan_reductions(p, first, &plan);
-      }
+    }
+    for (int64_t head = 0; n > size && head < p.heads; ++head) {
+      plan_reductions(p, first + head, (n + size - 1) / size, &plan);
     }
   }
   return plan;

@@ -7,9 +7,12 @@
 //
 // Five products to the forward's two, on the same tile. In units of the forward's time, measured
 // as the forward was (see its file): AVX-512 2.38 (4x512, window 64), 2.45 (1x2048), 2.38 (8x128);
-// AVX2 2.36 (4x512, window 64). At 1x8192 with window 64 it is 3.4; part of that is page faults, as
-// dqkv, 75 MB, is fresh memory in every call. Forward and backward of torch's sdpa together take
-// 4.2x the time at 4x512 with window 64 (as a mask), 1.3x without a window.
+// AVX2 2.36 (4x512, window 64). Taking a part's heads in turn, which share its pages, brought
+// 1x2048 with window 64 from 2.8-3.2 to 2.4, 1x8192 from 3.56 to 3.28 (2026-11-25). What is left
+// there is page faults, as dqkv, 75 MB, is fresh memory in every call: it is 2.51 where the
+// allocator keeps its memory (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ above its size).
+// Forward and backward of torch's sdpa together take 4.2x the time at 4x512 with window 64 (as a
+// mask), 1.3x without a window.
 
 #include <algorithm>
 #include <cstdint>
@@ -65,7 +68,7 @@ void reduce_task_of(const AttentionBackward& call, const ReduceTask& reduction) 
   carve_scratch({{&sum, rows * LD}});
   std::fill_n(sum, rows * LD, 0.0f);
   for (int64_t part = 0; part < reduction.parts; ++part) {
-    const BackwardTask& task = parts[part];
+    const BackwardTask& task = parts[part * p.heads];
     const int64_t begin = std::max(reduction.begin, task.query_begin);
     const int64_t end = std::min(reduction.end, task.query_end);
     const float* from = call.partial_dq + task.partial + (begin - task.query_begin) * LD;
