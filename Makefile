@@ -1,6 +1,7 @@
 # make demo   the main job on real text          make bench     figures and docs/benchmarks.md
 # make test   everything that must hold           make gates     every GPU configuration compiled
 # make lint   ruff and clang-format               make accuracy  training runs (minutes to hours)
+# make sanitize   the CPU ops under ASan and UBSan (half an hour: it compiles the library anew)
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := $(shell find csrc -type f -name '*.[ch]*') setup.py pyproject.toml
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: all demo test lint format bench gates accuracy build clean
+.PHONY: all demo test lint format bench gates accuracy sanitize build clean
 all: build
 
 # torch==2.13.0 first: a bare "torch" may bring gigabytes of CUDA.
@@ -68,6 +69,21 @@ gates: $(VENV)/.test
 accuracy: $(VENV)/.test
 	$(PY) -m bench.accuracy_setfit
 	$(PY) -m bench.accuracy_gliner
+
+SANITIZED_OPS := $(addsuffix .py,$(addprefix tests/test_,add_layer_norm disentangled_attention geglu \
+	op_arguments rope segment_pool span_candidates span_pool span_score token_score varlen_attention))
+SANITIZERS = $(foreach l,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$(l)))
+ISAS = portable $(foreach i,avx2 avx512f,$(shell grep -qw $(i) /proc/cpuinfo && echo $(i:f=)))
+
+sanitize: $(VENV)/.test
+	FASTENC_SANITIZE=1 FASTENC_CUDA=0 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	set -e; for isa in $(ISAS); do echo "$$isa:"; \
+		FASTENC_SANITIZE=1 FASTENC_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" \
+		$(PY) -m pytest --capture=sys -o pythonpath=build/sanitize/lib $(SANITIZED_OPS) \
+		-k "not reference and not instruction_set and not compiles"; done
+	FASTENC_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" \
+		$(PY) -m pytest --capture=sys -o pythonpath=build/sanitize/lib tests/test_gliner_predict.py \
+		-k "greedy_search or token_spans or nonsense"
 
 clean:
 	rm -rf build dist *.egg-info fastenc/_C*.so fastenc/_cuda*.so

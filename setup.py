@@ -2,7 +2,7 @@
 
 Both are built against torch's stable ABI. The CUDA library needs neither a GPU nor a torch with
 CUDA to be built, which torch's CUDAExtension would ask for; so nvcc is called here.
-Environment: FASTENC_CUDA=0/1, FASTENC_CUDA_ARCHS, MAX_JOBS (docs/install.md).
+Environment: FASTENC_CUDA=0/1, FASTENC_CUDA_ARCHS, FASTENC_SANITIZE=1, MAX_JOBS (docs/install.md).
 
 The Python sources of ``triton_kernels/`` are installed as ``fastenc.triton_kernels`` and under no
 other name: ``triton_kernels`` alone is an upstream package.
@@ -26,9 +26,11 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 ROOT = os.path.dirname(os.path.abspath(__file__))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 DEFAULT_ARCHS = "80;90a"
+# -O1: at -O3 the instrumented attention backward compiles for a quarter of an hour.
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def cpu_extension() -> CppExtension:
+def cpu_extension(sanitize: bool = False) -> CppExtension:
     sources = sorted(glob.glob("csrc/cpu/*.cpp") + glob.glob("csrc/host/*.cpp"))
     return CppExtension(
         name="fastenc._C",
@@ -36,15 +38,17 @@ def cpu_extension() -> CppExtension:
         include_dirs=[ROOT, pybind11.get_include()],
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
         extra_compile_args=[
-            "-O3",
-            "-g0",
+            *(SANITIZED if sanitize else ["-O3", "-g0"]),
             "-std=c++20",
             "-fvisibility=hidden",
             "-ffp-contract=off",
             "-Wall",
             STABLE_ABI,
         ],
-        extra_link_args=["-Wl,--no-as-needed"] if os.name == "posix" else [],
+        extra_link_args=[
+            *(["-Wl,--no-as-needed"] if os.name == "posix" else []),
+            *(SANITIZED if sanitize else []),
+        ],
     )
 
 
@@ -186,6 +190,9 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["fastenc", "fastenc.*"]), "fastenc.triton_kernels"],
         package_dir={"fastenc.triton_kernels": "triton_kernels"},
         package_data={"fastenc": ["py.typed"]},
-        ext_modules=[cpu_extension(), *([cuda_extension()] if cuda else [])],
+        ext_modules=[
+            cpu_extension(sanitize=os.environ.get("FASTENC_SANITIZE") == "1"),
+            *([cuda_extension()] if cuda else []),
+        ],
         cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     )

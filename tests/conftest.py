@@ -11,6 +11,13 @@ import pytest
 import torch
 
 
+def pytest_sessionstart(session):
+    if os.environ.get("FASTENC_SANITIZE") == "1":  # make sanitize
+        from fastenc import _C
+
+        assert "/build/sanitize/" in _C.__file__, f"{_C.__file__} is not the sanitized library"
+
+
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return

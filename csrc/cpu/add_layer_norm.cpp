@@ -222,7 +222,8 @@ void reduce_chunks(const std::vector<float>& sums, int64_t chunks, int64_t hidde
   }
   dispatch_dtype("weight", out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    std::transform(total.begin(), total.end(), mutable_data<T>(out), from_float<T>);
+    std::transform(total.begin(), total.end(), mutable_data<T>(out),
+                   [](float x) { return from_float<T>(x); });
   });
 }
 
