@@ -76,7 +76,7 @@ def test_encode_of_real_weights(minilm):
     finally:
         assert fastenc.restore(minilm) is minilm
     assert type(minilm) is st.SentenceTransformer and type(minilm[0].auto_model) is before
-    np.testing.assert_allclose(minilm.encode(TEXTS), expected, rtol=0, atol=2e-7)
+    assert np.array_equal(minilm.encode(TEXTS), expected)
 
 
 def test_what_encode_can_be_asked(tmp_path):
@@ -188,7 +188,9 @@ def test_a_class_of_its_own_keeps_its_encode(tmp_path):
                                           ("ModernBert", 1)])  # fmt: skip
 def test_cross_encoder(tmp_path, kind, labels):
     plain = pair_model(tmp_path, kind, labels)
-    ours = fastenc.accelerate(copy.deepcopy(plain))
+    ours = copy.deepcopy(plain)
+    before = ours.predict(PAIRS)  # not plain's: MKL's bits depend on where the weights lie
+    assert fastenc.accelerate(ours) is ours
     assert type(ours).__name__ == "CrossEncoder" and isinstance(ours, st.CrossEncoder)
     for options in ({}, {"apply_softmax": True}, {"convert_to_tensor": True},
                     {"activation_fn": torch.nn.Tanh()}):  # fmt: skip
@@ -212,7 +214,7 @@ def test_cross_encoder(tmp_path, kind, labels):
         assert old.items() <= new.items()
     assert saved[0] == saved[1]
     assert type(fastenc.restore(ours)) is st.CrossEncoder
-    np.testing.assert_allclose(ours.predict(PAIRS), plain.predict(PAIRS), rtol=0, atol=1e-6)
+    assert np.array_equal(ours.predict(PAIRS), before)
 
 
 def test_batches_of_pairs():
@@ -245,6 +247,6 @@ def test_setfit_model(tmp_path):
     assert json.loads(ours[name]) == json.loads(plain[name])
     fastenc.restore(model)
     assert type(model.model_body) is st.SentenceTransformer
-    torch.testing.assert_close(model.predict_proba(TEXTS), scores, rtol=0, atol=1e-6)
+    assert torch.equal(model.predict_proba(TEXTS), scores)
     with pytest.raises(TypeError, match="with a body"):
         fastenc.accelerate(setfit.SetFitModel())
