@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include <cuda_runtime.h>
@@ -11,6 +12,7 @@
 
 #include "../common/checks.h"
 #include "../common/launch_counts.h"
+#include "../common/philox.h"
 #include "vectors.cuh"
 
 #ifndef FASTENC_CUDA_ARCHS
@@ -86,6 +88,52 @@ inline const int32_t* cu_seqlens_data(const Tensor& cu_seqlens, const Tensor& li
   STD_TORCH_CHECK(cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous(),
                   "cu_seqlens: expected num_seqs + 1 contiguous entries, got ", cu_seqlens.size(0));
   return data<int32_t>(cu_seqlens);
+}
+
+// `x`, which must have this shape and the dtype of `like`, with unit stride in its last dimension
+// (an expanded tensor stays one copy); kept alive in `kept`.
+inline Tensor take_rows(std::vector<Tensor>* kept, const char* name, const Tensor& x,
+                        const Tensor& like, const std::vector<int64_t>& shape) {
+  check_cuda(name, x, like);
+  check_dtype(name, x, like.scalar_type());
+  check_dim(name, x, static_cast<int64_t>(shape.size()));
+  for (size_t d = 0; d < shape.size(); ++d) {
+    STD_TORCH_CHECK(x.size(d) == shape[d], name, ": expected size ", shape[d], " in dimension ", d,
+                    ", got ", x.size(d));
+  }
+  kept->push_back(dense_rows(x));
+  return kept->back();
+}
+
+// Fills the seed, drop_below and keep_scale of a kernel's arguments.
+template <typename Args>
+void take_dropout(std::vector<Tensor>* kept, Args* args, double dropout_p,
+                  const std::optional<Tensor>& seed, const Tensor& like) {
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: expected 0 <= p < 1, got ",
+                  dropout_p);
+  const Dropout dropout(dropout_p, 0);
+  args->drop_below = dropout.threshold;
+  args->keep_scale = dropout.keep_scale;
+  if (dropout.active()) {
+    STD_TORCH_CHECK(seed.has_value(), "seed: expected a tensor where dropout_p > 0");
+    check_cuda("seed", *seed, like);
+    check_dtype("seed", *seed, ScalarType::Long);
+    check_numel("seed", *seed, 1);
+    kept->push_back(*seed);
+    args->seed = data<int64_t>(*seed);
+  }
+}
+
+// `bytes` of dynamic shared memory, more than 48 KB of it too.
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(const Launcher& launcher, const char* op, void (*kernel)(Parameters...),
+                   dim3 grid, int threads, int bytes, Arguments&&... arguments) {
+  if (bytes > 48 << 10) {
+    Launcher::check(
+        op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  }
+  kernel<<<grid, threads, bytes, launcher.stream()>>>(arguments...);
+  Launcher::check_launch(op);
 }
 
 // Calls f(Width<wide>{}) or, where vectors do not fit, f(Width<1>{}).

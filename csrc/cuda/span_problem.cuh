@@ -24,17 +24,8 @@ struct SpanCall {
 };
 
 inline Tensor span_tensor(SpanCall* call, const char* name, const Tensor& x, const Tensor& like,
-                          std::vector<int64_t> shape) {
-  check_cuda(name, x, like);
-  check_dtype(name, x, like.scalar_type());
-  check_dim(name, x, static_cast<int64_t>(shape.size()));
-  for (size_t d = 0; d < shape.size(); ++d) {
-    STD_TORCH_CHECK(x.size(d) == shape[d], name, ": expected size ", shape[d], " in dimension ", d,
-                    ", got ", x.size(d));
-  }
-  const Tensor rows = dense_rows(x);  // keeps an expanded label set one set
-  call->tensors.push_back(rows);
-  return rows;
+                          const std::vector<int64_t>& shape) {
+  return take_rows(&call->tensors, name, x, like, shape);
 }
 
 inline SpanCall span_call(const Tensor& start, const Tensor& end, const Tensor& cu_words,
@@ -90,19 +81,7 @@ inline void set_labels(SpanCall* call, const Tensor& labels, const std::optional
 
 inline void set_span_dropout(SpanCall* call, double dropout_p, const std::optional<Tensor>& seed,
                              const Tensor& like) {
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: expected 0 <= p < 1, got ",
-                  dropout_p);
-  const Dropout dropout(dropout_p, 0);
-  call->args.drop_below = dropout.threshold;
-  call->args.keep_scale = dropout.keep_scale;
-  if (dropout.active()) {
-    STD_TORCH_CHECK(seed.has_value(), "seed: expected a tensor where dropout_p > 0");
-    check_cuda("seed", *seed, like);
-    check_dtype("seed", *seed, ScalarType::Long);
-    check_numel("seed", *seed, 1);
-    call->tensors.push_back(*seed);
-    call->args.seed = data<int64_t>(*seed);
-  }
+  take_dropout(&call->tensors, &call->args, dropout_p, seed, like);
 }
 
 // Calls f(Type<T>{}, Width<V>{}).
@@ -117,12 +96,7 @@ void dispatch_spans(const SpanCall& call, F&& f) {
 template <typename... Parameters, typename... Arguments>
 void launch_spans(const Launcher& launcher, const char* op, void (*kernel)(Parameters...),
                   dim3 grid, int bytes, Arguments&&... arguments) {
-  if (bytes > 48 << 10) {
-    Launcher::check(
-        op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  }
-  kernel<<<grid, kSpanThreads, bytes, launcher.stream()>>>(arguments...);
-  Launcher::check_launch(op);
+  launch_kernel(launcher, op, kernel, grid, kSpanThreads, bytes, arguments...);
 }
 
 }  // namespace fastenc::cuda

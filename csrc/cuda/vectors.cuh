@@ -51,6 +51,10 @@ __device__ __forceinline__ float rounded(float x) {
 template <int kBytes>
 struct Word;
 template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
 struct Word<8> {
   using type = uint2;
 };
