@@ -18,7 +18,7 @@ ARCHS = ("80", "90a")
 
 @dataclass
 class Sass:
-    """One kernel on sm_90a. ``code``: (address, instruction) in order."""
+    """One kernel on one architecture. ``code``: (address, instruction) in order."""
 
     name: str
     registers: int
@@ -59,8 +59,8 @@ def _cuobjdump() -> str:
     return found
 
 
-def compiled(source: str) -> tuple[dict[str, Sass], str]:
-    """Kernels of ``csrc/cuda/<source>`` for sm_90a by demangled name, and what nvcc said.
+def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
+    """Kernels of ``csrc/cuda/<source>`` for ``arch`` by demangled name, and what nvcc said.
 
     Skips where nvcc or cuobjdump is missing. Objects are kept where test_cuda_library keeps them.
     """
@@ -75,7 +75,7 @@ def compiled(source: str) -> tuple[dict[str, Sass], str]:
     built = Path(build.compile_cuda(nvcc, path, str(folder), flags))
     log = built.with_suffix(".log").read_text()
     entry = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes stack frame, "
+        rf"Compiling entry function '(\w+)' for '{arch}'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
@@ -89,7 +89,7 @@ def compiled(source: str) -> tuple[dict[str, Sass], str]:
     for kernel, name in zip(kernels.values(), names, strict=True):
         kernel.name = re.sub(r"fastenc::|cuda::|sm90::|void ", "", name).split("(")[0]
     sass = subprocess.run(
-        [tool, "-sass", "-arch", "sm_90a", str(built)], capture_output=True, text=True, check=True
+        [tool, "-sass", "-arch", arch, str(built)], capture_output=True, text=True, check=True
     ).stdout
     for part in sass.split("Function : ")[1:]:
         kernel = kernels[part.split(None, 1)[0]]

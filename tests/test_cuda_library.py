@@ -47,6 +47,9 @@ TILE_KERNELS = {
     "varlen_attention_fwd_kernel": (12, 256, 32, 16, 4, 1),  # dtypes, padded head_dim
     "varlen_attention_dq_kernel": (12, 256, 32, 16, 4, 1),
     "varlen_attention_dkdv_kernel": (12, 256, 32, 16, 4, 1),
+    "disentangled_attention_fwd_kernel": (6, 512, 60, 40, 4, 1),  # dtypes, padded head_dim
+    "disentangled_attention_dq_kernel": (6, 512, 90, 60, 4, 1),
+    "disentangled_attention_dkdv_kernel": (6, 512, 110, 70, 4, 2),
     "span_score_fwd_kernel": (12, 64, 16, 12, 0, 0),  # dtypes, vector widths, labels of a tile
     "span_candidates_kernel": (12, 64, 16, 12, 0, 0),  # dtypes, vector widths, count or write
     "span_words_bwd_kernel": (12, 64, 32, 16, 0, 0),  # dtypes, vector widths, starts or ends
@@ -315,7 +318,8 @@ glob.glob = lambda p, **k: ([library] if built == "1" else []) if "_cuda" in p e
 import fastenc
 from fastenc.ops import _library
 OPS = ("geglu", "rope", "add_layer_norm", "segment_pool", "varlen_attention",
-       "rope_varlen_attention", "span_pool", "span_score", "span_candidates", "token_score")
+       "rope_varlen_attention", "span_pool", "span_score", "span_candidates", "token_score",
+       "disentangled_attention")
 suffixes = lambda op: ("fwd",) if op == "span_candidates" else ("fwd", "bwd")
 def serves(name):
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
@@ -330,9 +334,11 @@ for op in OPS:
 # What the library has no kernel for goes to Triton, or is refused where it was asked for.
 like = types.SimpleNamespace(shape=(3, 2, 160), dtype=torch.float32, device=torch.device("cuda"))
 from fastenc.ops import _registry
-assert _registry.select("varlen_attention", like).name() == "fastenc_triton::varlen_attention_fwd"
-like.shape = (3, 2, 128)
-assert _registry.select("varlen_attention", like).name() == "fastenc::varlen_attention_fwd"
+for op in ("varlen_attention", "disentangled_attention"):
+    like.shape = (3, 2, 160)
+    assert _registry.select(op, like).name() == f"fastenc_triton::{op}_fwd"
+    like.shape = (3, 2, 128)
+    assert _registry.select(op, like).name() == f"fastenc::{op}_fwd"
 _registry._measured.add("varlen_attention")
 assert _registry.select("varlen_attention", like).name() == "fastenc_triton::varlen_attention_fwd"
 _registry._measured.clear()
@@ -360,6 +366,8 @@ with fastenc.record() as record:
         raise AssertionError("a CPU tensor was accepted")
 assert record.calls == {"geglu": {"cuda": 1}}, record.calls
 # GLiNER's ops take the arguments of their schemas, and refuse before they touch memory.
+heads, table, lse = torch.zeros(3, 2, 8), torch.zeros(2, 8, 8), torch.zeros(2, 3)
+index = torch.zeros(9).int()
 words, labels, cu = torch.zeros(3, 8), torch.zeros(1, 2, 8), torch.tensor([0, 3]).int()
 for name, arguments in {
     "span_pool_fwd": (words, words, cu, 2),
@@ -369,6 +377,10 @@ for name, arguments in {
     "span_candidates_fwd": (words, words, labels, cu, 2, 0.5, None),
     "token_score_fwd": (words, labels, words, labels, words, words, cu, None, 0.0, None),
     "token_score_bwd": (words, words, labels, words, labels, words, words, cu, 0.0, None),
+    "disentangled_attention_fwd": (heads, heads, heads, table, None, index, cu, 3, 1.0, 0.0, None),
+    "disentangled_attention_bwd": (
+        heads, heads, heads, heads, table, None, heads, lse, index, cu, 3, 1.0, 0.0, None
+    ),
 }.items():
     try:
         getattr(torch.ops.fastenc, name).default.redispatch(cuda_key, *arguments)

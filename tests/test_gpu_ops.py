@@ -99,6 +99,30 @@ def test_dropout_mask_is_the_reference_one(window, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_disentangled_attention_past_the_buckets(dropout_p, backend):
+    """DeBERTa-v3's shape, sequences longer than the buckets reach, against the reference; twice."""
+    need("disentangled_attention", backend)
+    lengths = (1100, 1, 0, 517)
+    args = (*(torch.randn(sum(lengths), 2, 64, device="cuda") for _ in range(3)),
+            *(torch.randn(2, 512, 64, device="cuda") for _ in range(2)),
+            testing.cu_seqlens_of(lengths, "cuda"), max(lengths))  # fmt: skip
+    options = {"dropout_p": dropout_p, "seed": 5 if dropout_p else None}
+    with fastenc.use_backend(backend):
+        actual, again = (
+            testing.run_with_gradients(fastenc.disentangled_attention, args, options)
+            for _ in range(2)
+        )
+    with fastenc.use_backend("reference"):
+        expected = testing.run_with_gradients(fastenc.disentangled_attention, args, options)
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(actual[0][0], again[0][0])
+    for key, grad in expected[1].items():
+        torch.testing.assert_close(actual[1][key], grad, atol=1e-4, rtol=1e-4, msg=key)
+        assert torch.equal(actual[1][key], again[1][key]), f"{key}: not the same bits twice"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_past_two_to_the_31_elements(backend):
     """geglu and attention where offsets need 64 bits (12 GB of bf16)."""
     need("geglu", backend)

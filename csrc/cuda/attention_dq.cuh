@@ -12,6 +12,52 @@ __device__ __forceinline__ float exponent_base(float lse) {
   return lse == -INFINITY ? INFINITY : lse * kLog2e;
 }
 
+// delta, also kept for the other kernel, and lse of this thread's two rows; four lanes share a sum
+// over head_dim. `grad_out`: the tile's rows in shared memory.
+template <typename T>
+__device__ __forceinline__ void read_rows(float (&delta)[2], float (&base)[2], const T* grad_out,
+                                          int pitch, const AttentionGradArgs& grads,
+                                          const AttentionTile& tile, int head, int rows) {
+  const AttentionArgs& args = grads.forward;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int own = warp_id() * 16 + group_id() + half * 8;
+    const bool inside = own < rows;
+    const int64_t token = tile.start + tile.first + own;
+    const int64_t at = head * args.total_tokens + token;
+    float sum = 0.0f;
+    if (inside) {
+      const T* out = args.out.template at<T>(token, head);
+      const T* grad = grad_out + own * pitch;
+      if (args.vectors) {
+        for (int column = lane_id() % 4 * kVector<T>; column < args.head_dim;
+             column += 4 * kVector<T>) {
+          float a[kVector<T>], b[kVector<T>];
+          load<kVector<T>>(out + column, a);
+          load<kVector<T>>(grad + column, b);
+#pragma unroll
+          for (int i = 0; i < kVector<T>; ++i) {
+            sum = fmaf(a[i], b[i], sum);
+          }
+        }
+      } else {
+        for (int column = lane_id() % 4; column < args.head_dim; column += 4) {
+          sum = fmaf(widen<T>(out[column]), widen<T>(grad[column]), sum);
+        }
+      }
+    }
+    sum = row_sum(sum);
+    if (inside && grads.grad_lse != nullptr) {
+      sum -= grads.grad_lse[at];
+    }
+    if (inside && lane_id() % 4 == 0) {
+      grads.delta[at] = sum;
+    }
+    delta[half] = sum;
+    base[half] = inside ? exponent_base(args.lse[at]) : INFINITY;
+  }
+}
+
 template <typename T, int kWidth>
 class QueryGradTile {
   using Shape = AttentionShape<sizeof(T), kWidth>;
@@ -50,9 +96,7 @@ class QueryGradTile {
       rotate_tile<kAttentionRows, kWidth>(queries_, tile_.first, rows_, args_);
       __syncthreads();
     }
-    for (int half = 0; half < 2; ++half) {
-      read_row(half);
-    }
+    read_rows(delta_, base_, outs_, kPitch, grads_, tile_, head_, rows_);
     const LeftRows<T, kWidth, kWidth <= 64> queries(queries_ + warp_id() * 16 * kPitch, kPitch);
     const LeftRows<T, kWidth, kWidth <= 64> outs(outs_ + warp_id() * 16 * kPitch, kPitch);
     clear(dq_);
@@ -96,44 +140,6 @@ class QueryGradTile {
       rotate_tile<kKeys, kWidth>(keys_ + stage * kKeys * kPitch, key, seen_.end - key, args_);
       __syncthreads();
     }
-  }
-
-  // lse and delta of this thread's row; four lanes share the sum over head_dim.
-  __device__ __forceinline__ void read_row(int half) {
-    const int own = warp_id() * 16 + group_id() + half * 8;
-    const bool inside = own < rows_;
-    const int64_t token = tile_.start + tile_.first + own;
-    const int64_t at = head_ * args_.total_tokens + token;
-    float sum = 0.0f;
-    if (inside) {
-      const T* out = args_.out.template at<T>(token, head_);
-      const T* grad = outs_ + own * kPitch;
-      if (args_.vectors) {
-        for (int column = lane_id() % 4 * kVector<T>; column < args_.head_dim;
-             column += 4 * kVector<T>) {
-          float a[kVector<T>], b[kVector<T>];
-          load<kVector<T>>(out + column, a);
-          load<kVector<T>>(grad + column, b);
-#pragma unroll
-          for (int i = 0; i < kVector<T>; ++i) {
-            sum = fmaf(a[i], b[i], sum);
-          }
-        }
-      } else {
-        for (int column = lane_id() % 4; column < args_.head_dim; column += 4) {
-          sum = fmaf(widen<T>(out[column]), widen<T>(grad[column]), sum);
-        }
-      }
-    }
-    sum = row_sum(sum);
-    if (inside && grads_.grad_lse != nullptr) {
-      sum -= grads_.grad_lse[at];
-    }
-    if (inside && lane_id() % 4 == 0) {
-      grads_.delta[at] = sum;
-    }
-    delta_[half] = sum;
-    base_[half] = inside ? exponent_base(args_.lse[at]) : INFINITY;
   }
 
   template <typename Left>

@@ -105,32 +105,7 @@ class ForwardTile {
                     args_.right)) {
       mask(s, place, tile_, args_, -INFINITY);
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = top_[half];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      }
-      top = row_max(top);
-      // A row that has seen nothing yet: -inf - -inf would be NaN.
-      const float base = top == -INFINITY ? 0.0f : top * args_.factor;
-      const float shrink = fast_exp2(fmaf(top_[half], args_.factor, -base));
-      top_[half] = top;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        s[n][2 * half] = fast_exp2(fmaf(s[n][2 * half], args_.factor, -base));
-        s[n][2 * half + 1] = fast_exp2(fmaf(s[n][2 * half + 1], args_.factor, -base));
-        sum += s[n][2 * half] + s[n][2 * half + 1];
-      }
-      sum_[half] = fmaf(sum_[half], shrink, sum);
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n) {
-        out_[n][2 * half] *= shrink;
-        out_[n][2 * half + 1] *= shrink;
-      }
-    }
+    soften_rows(s, top_, sum_, out_, args_.factor);
     if (args_.drop_below) {
       drop(s, place, tile_.start, head_, seed, args_.drop_below);
     }
@@ -138,20 +113,8 @@ class ForwardTile {
   }
 
   __device__ __forceinline__ void finish() {
-    constexpr float kLn2 = 0.693147182f;
     float scale[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = row_sum(sum_[half]);
-      scale[half] = sum == 0.0f ? 0.0f : args_.keep_scale / sum;
-      const int row = tile_.first + warp_id() * 16 + group_id() + half * 8;
-      if (lane_id() % 4 == 0 && row < tile_.length) {
-        // log(sum) by the exact function: this value outlives the kernel.
-        const float lse =
-            sum == 0.0f ? -INFINITY : fmaf(top_[half] * args_.factor, kLn2, logf(sum));
-        args_.lse[head_ * args_.total_tokens + tile_.start + row] = lse;
-      }
-    }
+    finish_rows(scale, top_, sum_, args_, tile_, head_);
     // Every warp stages its own rows, where it has read its queries from.
     __syncthreads();
     stage_rows<kWidth>(queries_ + warp_id() * 16 * kPitch, kPitch, out_, scale[0], scale[1]);

@@ -175,6 +175,28 @@ inline AttentionCall rope_attention_call(const Tensor& qkv, const Tensor& cos, c
   return call;
 }
 
+// (heads, total_tokens) fp32: lse and its gradient.
+inline Tensor check_stats(AttentionCall* call, const char* name, const Tensor& x,
+                          const Tensor& like) {
+  check_cuda(name, x, like);
+  check_dtype(name, x, ScalarType::Float);
+  check_numel(name, x, call->args.heads * call->args.total_tokens);
+  return keep(call, dense(x));
+}
+
+inline Tensor check_like_out(AttentionCall* call, const char* name, const Tensor& x,
+                             const Tensor& like) {
+  check_cuda(name, x, like);
+  check_dtype(name, x, like.scalar_type());
+  check_dim(name, x, 3);
+  STD_TORCH_CHECK(x.size(0) == call->args.total_tokens && x.size(1) == call->args.heads &&
+                      x.size(2) == call->args.head_dim,
+                  name, ": expected (total_tokens, heads, head_dim)");
+  const Tensor rows = dense_rows(x);
+  call->args.vectors = call->args.vectors && rows_keep_vectors(rows);
+  return keep(call, rows);
+}
+
 // Calls f(Width<32>{}) .. f(Width<128>{}): the head_dim that a kernel is padded to.
 template <typename F>
 void dispatch_head_dim(int64_t head_dim, F&& f) {

@@ -157,6 +157,58 @@ __device__ __forceinline__ void mask(float (&s)[kTiles][4], const ScorePlace<kRo
   }
 }
 
+// A step of the online softmax: scores to weights, base 2; `out` is what the keys before added up
+// to.
+template <int kTiles, int kColumns>
+__device__ __forceinline__ void soften_rows(float (&s)[kTiles][4], float (&tops)[2],
+                                            float (&sums)[2], float (&out)[kColumns][4],
+                                            float factor) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = tops[half];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    }
+    top = row_max(top);
+    // A row that has seen nothing yet: -inf - -inf would be NaN.
+    const float base = top == -INFINITY ? 0.0f : top * factor;
+    const float shrink = fast_exp2(fmaf(tops[half], factor, -base));
+    tops[half] = top;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      s[n][2 * half] = fast_exp2(fmaf(s[n][2 * half], factor, -base));
+      s[n][2 * half + 1] = fast_exp2(fmaf(s[n][2 * half + 1], factor, -base));
+      sum += s[n][2 * half] + s[n][2 * half + 1];
+    }
+    sums[half] = fmaf(sums[half], shrink, sum);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      out[n][2 * half] *= shrink;
+      out[n][2 * half + 1] *= shrink;
+    }
+  }
+}
+
+// Its end: what the rows are multiplied by, and their lse.
+__device__ __forceinline__ void finish_rows(float (&scale)[2], const float (&tops)[2],
+                                            const float (&sums)[2], const AttentionArgs& args,
+                                            const AttentionTile& tile, int head) {
+  constexpr float kLn2 = 0.693147182f;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = row_sum(sums[half]);
+    scale[half] = sum == 0.0f ? 0.0f : args.keep_scale / sum;
+    const int row = tile.first + warp_id() * 16 + group_id() + half * 8;
+    if (lane_id() % 4 == 0 && row < tile.length) {
+      // log(sum) by the exact function: this value outlives the kernel.
+      const float lse = sum == 0.0f ? -INFINITY : fmaf(tops[half] * args.factor, kLn2, logf(sum));
+      args.lse[head * args.total_tokens + tile.start + row] = lse;
+    }
+  }
+}
+
 // Zeros what dropout drops; what is kept is scaled later. Two neighbouring keys share a counter.
 template <int kTiles>
 __device__ __forceinline__ void drop(float (&p)[kTiles][4],

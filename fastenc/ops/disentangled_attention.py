@@ -67,6 +67,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(5),
+        cuda_refuses=_checks.cuda_head_dim,
     )
 )
 
