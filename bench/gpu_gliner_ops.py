@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import fastenc
@@ -13,6 +14,8 @@ from fastenc import testing
 WIDTH = 12
 SPANS = (((384,) * 8, 2048, 10), ((384,) * 8, 3072, 25), ((384,), 2048, 1000))
 TOY_SPANS = (((4, 4), 16, 3),)
+TOKENS = (((384,) * 8, 2048, 512, 25), ((384,) * 8, 3072, 768, 10))
+TOY_TOKENS = (((4, 4), 16, 4, 3),)
 LENGTHS = ((512,) * 32, (40,) * 256, tuple(16 + (37 * i) % 497 for i in range(64)))
 TOY_LENGTHS = ((5, 5),)
 
@@ -62,6 +65,33 @@ def _two(made: tuple) -> tuple:
     return args, leaves[:2]
 
 
+def token_rows() -> Iterator[Row]:
+    for lengths, size, factors, labels in TOKENS if CUDA else TOY_TOKENS:
+        words, num_seqs = sum(lengths), len(lengths)
+        cu = testing.cu_seqlens_of(lengths, DEVICE)
+        shapes = (
+            (words, size), (num_seqs, labels, size), (words, factors), (num_seqs, labels, factors),
+            (size, factors), (3, size),
+        )  # fmt: skip
+
+        def make(shapes=shapes):
+            leaves = tuple(random(*shape).requires_grad_() for shape in shapes)
+            return leaves, leaves
+
+        def score(*tensors, cu=cu):
+            return fastenc.token_score(*tensors, cu)
+
+        inputs = 2 * sum(math.prod(shape) for shape in shapes)
+        outputs = 2 * 3 * words * labels
+        flops = 2 * words * labels * size * (factors + 3)
+        plain = {"torch": lambda n=lengths: lambda *x: peers.token_score(*x, n)}
+        yield Row(
+            "token_score", f"{batch_name(lengths)} R {size} D {factors} C {labels}", make,
+            {**ours("token_score", score), **plain}, (inputs + outputs, 2 * inputs + outputs),
+            (flops, 3 * flops),
+        )  # fmt: skip
+
+
 def disentangled_rows() -> Iterator[Row]:
     heads, head_dim, buckets = (12, 64, 256) if CUDA else (1, 16, 8)
     far = 512 if CUDA else 20
@@ -96,4 +126,5 @@ def disentangled_rows() -> Iterator[Row]:
 
 def rows() -> Iterator[Row]:
     yield from span_rows()
+    yield from token_rows()
     yield from disentangled_rows()

@@ -71,6 +71,18 @@ def span_score(start: Tensor, end: Tensor, labels: Tensor, lengths, max_width: i
     return torch.einsum("bikr,bcr->bikc", rows, labels).flatten(0, 1)
 
 
+def token_score(
+    token: Tensor, label: Tensor, token_factor: Tensor, label_factor: Tensor, weight: Tensor,
+    out_weight: Tensor, lengths,
+) -> Tensor:  # fmt: skip
+    """The split head in plain PyTorch, texts of one length: writes (words, C, R + D)."""
+    if len(set(lengths)) > 1:
+        raise NotImplementedError("the plain form takes texts of one length")
+    a, s = (x.unflatten(0, (len(lengths), -1))[:, :, None] for x in (token, token_factor))
+    hidden = F.relu(a + label[:, None] + F.linear(s * label_factor[:, None], weight))
+    return F.linear(hidden, out_weight).flatten(0, 1)
+
+
 def hf_disentangled(lengths, heads: int, head_dim: int, buckets: int, far: int) -> Call:
     """transformers' DebertaV2 attention without its projections, texts of one length.
 

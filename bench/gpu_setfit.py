@@ -16,17 +16,17 @@ from bench.gpu_embedding import build
 from bench.gpu_timing import CUDA, DEVICE, Deadline
 from fastenc.train._setfit_pairs import counts
 
-CLASSES, SHOTS, ROUNDS = (6, 8, 3) if CUDA else (2, 3, 1)
+CLASSES, SHOTS, LONGEST, ROUNDS = (6, 8, 40, 3) if CUDA else (2, 2, 8, 1)
 BATCH = 16
 
 
 def examples() -> tuple[list[str], list[int]]:
-    """Texts of 5 to 40 words; each class has words of its own."""
+    """Texts of 5 to LONGEST words; each class has words of its own."""
     random = np.random.default_rng(0)
     texts, labels = [], []
     for label in range(CLASSES):
         for _ in range(SHOTS):
-            words = random.integers(0, 300, random.integers(5, 41)) + 200 * label
+            words = random.integers(0, 300, random.integers(5, LONGEST + 1)) + 200 * label
             texts.append(" ".join(f"w{i}" for i in words))
             labels.append(label)
     return texts, labels

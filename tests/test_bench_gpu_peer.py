@@ -1,11 +1,12 @@
 """The hand-packed peer of the GPU benchmark computes ModernBERT; torch's varlen attention, which
 runs on a GPU only, is stood in for by the op that is tested against it there."""
 
+import pytest
 import torch
 import torch.nn.attention.varlen as varlen
 
 import fastenc
-from bench import gpu_gliner, gpu_models, gpu_packed_peer
+from bench import gpu_gliner, gpu_gliner_ops, gpu_models, gpu_packed_peer
 from fastenc.testing import assert_parity
 from tests.model_tests import telling
 
@@ -36,3 +37,16 @@ def test_plain_gliner_is_gliner():
         expected = model.logits(packed)[mask]
     assert actual.shape == expected.shape and abs(actual - expected).max() < 1e-5
     assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("rows", [gpu_gliner_ops.span_rows, gpu_gliner_ops.token_rows])
+def test_plain_heads_are_the_ops(rows, monkeypatch):
+    """What the rows of span_score and token_score time as "torch" is what the op computes."""
+    monkeypatch.setattr(gpu_gliner_ops, "ours", lambda op, fn: {"fastenc": lambda: fn})
+    monkeypatch.setattr(gpu_gliner_ops, "DEVICE", "cpu")
+    row = next(rows())
+    args = [x.detach().float().cpu() for x in row.make()[0]]
+    actual, expected = (row.runs[name]()(*args) for name in ("torch", "fastenc"))
+    valid = expected.isfinite()
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual[valid], expected[valid], atol=1e-4, rtol=1e-4)
