@@ -38,10 +38,13 @@ def row_term(
     s, x, table_ptr, rows, table_stride, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """``s + x_r . table[distance(r, c)]``; ``rows``: from :func:`band_rows`."""
+    """``s + x_r . table[distance(r, c)]``; ``rows``: from :func:`band_rows`.
+
+    The band is made on its side: it is wider than ROWS, and wgmma wants 64 rows.
+    """
     table = load_head(table_ptr, rows, table_stride, PIECES)
-    band = dot_heads(x, table, ROWS, BAND, len(PIECES), PRECISION)
-    return s + tl.gather(band, _places(ROWS, COLS), 1)
+    band = dot_heads(table, x, BAND, ROWS, len(PIECES), PRECISION)
+    return s + tl.trans(tl.gather(band, tl.trans(_places(ROWS, COLS)), 0))
 
 
 @triton.jit

@@ -58,18 +58,18 @@ def score_launches(labels: int, dtype: torch.dtype, chip: Chip) -> Launches:
 
 
 def candidate_launch(labels: int, dtype: torch.dtype, chip: Chip) -> Launch:
-    """The launch of the candidates: 128 spans spill, and so do 64 with 64 labels."""
-    if chip.backend == "cpu" or dtype == torch.float32:
+    """The launch of the candidates: 128 spans spill, and so do 64 with 64 labels, or in fp32."""
+    if chip.backend == "cpu":
         return score_launches(labels, dtype, chip)[0]
-    return Launch(64, 16, 64, 4)
+    return Launch(32, 16, 32, 4) if dtype == torch.float32 else Launch(64, 16, 64, 4)
 
 
 def word_launches(labels: int, dtype: torch.dtype, chip: Chip) -> Launches:
     """Launches of the gradient of start and end: ``block_m`` words."""
     if chip.backend == "cpu":
         return (Launch(16, 16, 32, 4),)
-    if dtype == torch.float32:
-        return (Launch(32, label_block(labels, 32), 32, 4, 1),)
+    if dtype == torch.float32:  # 32 words spill
+        return (Launch(16, label_block(labels, 32), 32, 4, 1),)
     return (Launch(64, label_block(labels, 64), 64, 8, 1),)
 
 

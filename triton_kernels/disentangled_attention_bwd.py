@@ -5,7 +5,8 @@ the position terms through the band of each block. The tables' gradients come fr
 for a fixed offset between a query tile and a key block the band is the same, so a program owns one
 (offset, head, chunk of tiles), adds the bands' gradients in registers and writes one partial; a
 fourth kernel adds the partials whose places stand for one table row. Offsets past the radius, where
-every distance is clamped, share a program on each side. Scores are made three times.
+every distance is clamped, share a program on each side. Each table has a launch of its own, both in
+one do not fit the registers; with two tables the scores are made four times.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def disentangled_dq_backward_kernel(
         pq_ptr += h * pq_stride_h
     base_scale = scale * LOG2_E
     dq = zero_head(BLOCK_M, PIECES)
-    for key in range(0, length, BLOCK_N):
+    for key in tl.range(0, length, BLOCK_N, disable_licm=True):
         step_n = tl.arange(0, BLOCK_N)
         keys = tl.minimum(step_n, length - 1 - key)
         k = load_head(k_ptr + wide(key) * k_stride_t, keys, k_stride_t, PIECES)
@@ -151,7 +152,7 @@ def disentangled_dkv_backward_kernel(
     base_scale = scale * LOG2_E
     dk = zero_head(BLOCK_M, PIECES)
     dv = zero_head(BLOCK_M, PIECES)
-    for query in range(0, length, BLOCK_N):
+    for query in tl.range(0, length, BLOCK_N, disable_licm=True):
         step_n = tl.arange(0, BLOCK_N)
         row = query + step_n
         inside = row < length
@@ -194,15 +195,18 @@ def _store_partial(ptr, x, PIECES: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.c
 
 @triton.jit(do_not_specialize=["slots", "total_tokens", "threshold", "chunks", "far"])
 def disentangled_tables_partial_kernel(
-    q_ptr, k_ptr, v_ptr, pk_ptr, pq_ptr, index_ptr, dout_ptr, lse_ptr, delta_ptr, dpk_ptr, dpq_ptr,
+    q_ptr, k_ptr, v_ptr, pk_ptr, pq_ptr, index_ptr, dout_ptr, lse_ptr, delta_ptr, partial_ptr,
     tiles_ptr, seed_ptr, chunks, far, slots, total_tokens, heads, radius, scale, threshold,
     keep_scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     pk_stride_h, pk_stride_r, pq_stride_h, pq_stride_r, dout_stride_t, dout_stride_h,
     PIECES: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (kind, head, chunk): kind - far is the key block minus the query tile."""
+    """Program (kind, head, chunk): kind - far is the key block minus the query tile.
+
+    The gradient of the table that content-to-position reads, or (OF_KEYS) of the other one.
+    """
     kind = tl.program_id(0)
     head = tl.program_id(1)
     chunk = tl.program_id(2)
@@ -215,10 +219,8 @@ def disentangled_tables_partial_kernel(
     if P2C:
         pq_ptr += h * pq_stride_h
     base_scale = scale * LOG2_E
-    dpk = zero_head(BAND, PIECES)
-    dpq = zero_head(BAND, PIECES)
-    reach = band_rows(index_ptr, radius, -offset * BLOCK_M, 1, BLOCK_N, BAND)
-    for slot in range(chunk, slots, chunks):
+    dtable = zero_head(BAND, PIECES)
+    for slot in tl.range(chunk, slots, chunks, disable_licm=True):
         start, length, first = tile_of(tiles_ptr, slot, slots)
         low = first + offset * BLOCK_M
         high = tl.where(low < 0, low, tl.minimum(low + BLOCK_N, length))
@@ -236,17 +238,18 @@ def disentangled_tables_partial_kernel(
         stats = h * total_tokens + start + row
         lse = tl.load(lse_ptr + stats, mask=row < length, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + stats, mask=row < length, other=0.0)
-        for key in range(low, high, BLOCK_N):
+        for key in tl.range(low, high, BLOCK_N, disable_licm=True):
             keys = key + step
             there = tl.minimum(step, length - 1 - key)
             block = wide(start + key)
             k = load_head(k_ptr + block * k_stride_t + h * k_stride_h, there, k_stride_t, PIECES)
-            v = load_head(v_ptr + block * v_stride_t + h * v_stride_h, there, v_stride_t, PIECES)
+            reach = band_rows(index_ptr, radius, first - key, 1, BLOCK_N, BAND)
             p = _probabilities(
                 q, k, pk_ptr, pq_ptr, reach, pk_stride_r, pq_stride_r, lse[:, None],
                 keys[None, :] < length, base_scale, PIECES, C2P, P2C, PRECISION, BLOCK_M, BLOCK_N,
                 BAND,
             )  # fmt: skip
+            v = load_head(v_ptr + block * v_stride_t + h * v_stride_h, there, v_stride_t, PIECES)
             dp = dot_heads(dout, v, BLOCK_M, BLOCK_N, len(PIECES), PRECISION)
             if DROPOUT:
                 keep = keep_mask(
@@ -254,17 +257,14 @@ def disentangled_tables_partial_kernel(
                 )
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = p * (dp - delta[:, None])
-            if C2P:
-                band = cast(row_band(ds, BLOCK_M, BLOCK_N, BAND), dtype)
-                dpk = add_table_gradient(dpk, tl.trans(band), q, len(PIECES), PRECISION)
-            if P2C:
+            if OF_KEYS:
                 band = cast(column_band(ds, BLOCK_M, BLOCK_N, BAND), dtype)
-                dpq = add_table_gradient(dpq, band, k, len(PIECES), PRECISION)
+                dtable = add_table_gradient(dtable, band, k, len(PIECES), PRECISION)
+            else:
+                band = tl.trans(cast(row_band(ds, BLOCK_M, BLOCK_N, BAND), dtype))
+                dtable = add_table_gradient(dtable, band, q, len(PIECES), PRECISION)
     place = ((wide(chunk) * heads + head) * (2 * far + 1) + kind) * (BAND * WIDTH)
-    if C2P:
-        _store_partial(dpk_ptr + place, scale_head(dpk, scale, PIECES), PIECES, BAND, WIDTH)
-    if P2C:
-        _store_partial(dpq_ptr + place, scale_head(dpq, scale, PIECES), PIECES, BAND, WIDTH)
+    _store_partial(partial_ptr + place, scale_head(dtable, scale, PIECES), PIECES, BAND, WIDTH)
 
 
 @triton.jit(do_not_specialize=["chunks", "far"])
@@ -300,24 +300,25 @@ def _tables(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, grads, max_seq
     past = triton.cdiv(call.radius + block - 1, block)
     far = max(min(past, triton.cdiv(max_seqlen, block)), 1)
     chunks = choose.chunks(call.heads, 2 * far + 1, call.chip)
-    width = _common.power_of_2(max(sum(w for _, w, _ in call.flags["PIECES"]), 16))
+    width = call.flags["PIECES"][0][1]
     device = call.q.device
     shape = chunks, call.heads, 2 * far + 1, band, width
-    parts = [None if g is None else _common.empty(shape, torch.float32, device) for g in grads]
+    partial = _common.empty(shape, torch.float32, device)
     tiles = schedule(call.cu_seqlens, call.total, block)
-    _common.launch(
-        disentangled_tables_partial_kernel, (2 * far + 1, call.heads, chunks), *call.inputs,
-        call.rel_index, dout, lse, delta, *parts, tiles, call.seed, chunks, far, tiles.shape[1],
-        *call.scalars, *call.strides, *dout.stride()[:2], **call.flags, WIDTH=width,
-        **launch.constants(),
-    )  # fmt: skip
-    for part, grad in zip(parts, grads, strict=True):
-        if grad is not None:
-            _common.launch(
-                disentangled_reduce_kernel, (triton.cdiv(grad.shape[1], 16), call.heads), part,
-                call.rel_index, grad, chunks, far, call.heads, call.radius, grad.shape[1],
-                grad.shape[2], BLOCK=block, BAND=band, WIDTH=width, ROWS=16, num_warps=4,
-            )  # fmt: skip
+    for of_keys, grad in enumerate(grads):
+        if grad is None:
+            continue
+        _common.launch(
+            disentangled_tables_partial_kernel, (2 * far + 1, call.heads, chunks), *call.inputs,
+            call.rel_index, dout, lse, delta, partial, tiles, call.seed, chunks, far,
+            tiles.shape[1], *call.scalars, *call.strides, *dout.stride()[:2], **call.flags,
+            WIDTH=width, OF_KEYS=bool(of_keys), **launch.constants(),
+        )  # fmt: skip
+        _common.launch(
+            disentangled_reduce_kernel, (triton.cdiv(grad.shape[1], 16), call.heads), partial,
+            call.rel_index, grad, chunks, far, call.heads, call.radius, grad.shape[1],
+            grad.shape[2], BLOCK=block, BAND=band, WIDTH=width, ROWS=16, num_warps=4,
+        )  # fmt: skip
 
 
 def backward(

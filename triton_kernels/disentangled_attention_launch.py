@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from fastenc.triton_kernels import _common
-from fastenc.triton_kernels._attention import MAX_HEAD_DIM, pieces_of
 from fastenc.triton_kernels._common import Chip
+
+MAX_HEAD_DIM = 128  # wider heads spill in every tile; DeBERTa's have 64
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,25 @@ Launches = tuple[Launch, ...]
 INTERPRETED = (Launch(16, 16, 4),)
 
 
-def _small(need: Need, chip: Chip) -> bool:
-    """Whether 64 x 64 tiles of the backward (80 to 160 KB) are past the chip's shared memory."""
-    return chip.shared < (100_000 if need.head_dim <= 64 else 165_000)
+def _tall(chip: Chip) -> bool:
+    """Whether tiles of 64 x 64 are right: tcgen05 needs them and keeps its sums out of registers.
+    Elsewhere on NVIDIA they spill (compiled, not timed)."""
+    return chip.backend == "cuda" and 100 <= chip.arch < 120
 
 
-def _spilling(need: Need, chip: Chip) -> bool:
-    """Whether 32 x 32 tiles keep in registers what 64 x 64 tiles spill (compiled for sm_90, not
-    timed); tcgen05 needs the wider tile, and wider heads spill in both."""
-    return chip.backend == "cuda" and chip.arch < 100 and need.head_dim <= 64
+def _fp32(need: Need) -> Launch:
+    """The operands of an FMA product are in registers: 32 x 32 tiles spill."""
+    return Launch(16, 16, 4 if need.head_dim <= 64 else 8)
 
 
 def forward(need: Need, chip: Chip) -> Launches:
     if chip.backend == "cpu":
         return INTERPRETED
     if need.fp32:
-        return (Launch(32, 32, 8),) if need.head_dim <= 128 else (Launch(16, 16, 4),)
-    if need.head_dim > 128:
-        return (Launch(64, 16, 8),)
-    if _spilling(need, chip):
-        return (Launch(32, 32, 4), Launch(32, 32, 8))
-    return (Launch(64, 64, 8), Launch(64, 64, 4))
+        return (_fp32(need),)
+    if _tall(chip) or chip.backend == "hip":
+        return (Launch(64, 64, 8), Launch(64, 64, 4))
+    return (Launch(32, 32, 4), Launch(32, 32, 8)) if need.head_dim <= 64 else (Launch(32, 32, 8),)
 
 
 def backward(need: Need, chip: Chip) -> Launches:
@@ -76,27 +75,25 @@ def backward(need: Need, chip: Chip) -> Launches:
     if chip.backend == "cpu":
         return INTERPRETED
     if need.fp32:
-        return (Launch(32, 32, 8),) if need.head_dim <= 64 else (Launch(16, 16, 4),)
-    if need.head_dim > 128:
-        return (Launch(64, 16, 8),)
-    if _spilling(need, chip):
-        return (Launch(32, 32, 4), Launch(32, 32, 8))
-    if _small(need, chip):
+        return (_fp32(need),)
+    if _tall(chip):
+        return (Launch(64, 64, 8),)
+    if chip.backend == "hip":  # 64 x 64 tiles are past its shared memory
         return (Launch(32, 32, 4),)
-    return (Launch(64, 64, 8),)
+    return (Launch(32, 32, 4), Launch(32, 32, 8)) if need.head_dim <= 64 else (Launch(32, 32, 8),)
 
 
 def tables(need: Need, chip: Chip) -> Launch:
     """The gradient of the tables: square tiles."""
     if chip.backend == "cpu":
         return INTERPRETED[0]
-    if need.fp32 or need.head_dim > 128:
-        return Launch(32, 32, 8) if need.head_dim <= 64 else Launch(16, 16, 4)
-    if _spilling(need, chip):
-        return Launch(32, 32, 8)
-    if _small(need, chip):
+    if need.fp32:
+        return _fp32(need)
+    if _tall(chip):
+        return Launch(64, 64, 8)
+    if chip.backend == "hip":
         return Launch(32, 32, 4)
-    return Launch(64, 64, 8)
+    return Launch(32, 32, 8) if need.head_dim <= 64 else Launch(16, 16, 4)
 
 
 def chunks(heads: int, kinds: int, chip: Chip) -> int:
@@ -168,8 +165,9 @@ class Call:
 
     @property
     def flags(self) -> dict:
+        width = _common.power_of_2(max(self.q.shape[2], 16))  # one piece: two spill
         return {
-            "PIECES": pieces_of(self.q.shape[2]), "C2P": self.pos_key is not None,
+            "PIECES": ((0, width, self.q.shape[2]),), "C2P": self.pos_key is not None,
             "P2C": self.pos_query is not None, "DROPOUT": self.dropout_p > 0,
             "PRECISION": _common.precision(self.q.dtype),
         }  # fmt: skip

@@ -95,6 +95,8 @@ def forward(need: Need, chip: Chip) -> Launches:
         return (Launch(128, 64 if need.head_dim <= 64 else 32, 4, 2),)
     if need.head_dim > 64 and not _large(chip):  # (128, 64) spills with extras
         return (Launch(128, 32, 8, 2),)
+    if need.dropout and need.bias:  # 64 keys take all registers, and spill at head_dim 32
+        return (Launch(128, 32, 8, 2),)
     if need.head_dim > 64 and need.extras and chip.arch >= 100:  # (128, 64) spills 728 bytes
         return (Launch(128, 32, 8, 2),)
     return (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 32, 8, 2))

@@ -3,23 +3,36 @@
 The ops' own host code runs on CPU tensors; a stand-in driver names the target, and every launch
 is compiled with the specialisation that a GPU call would get (alignment and divisibility of its
 real arguments) instead of being run.
+
+What was read is kept in the user's cache folder (:func:`_record`), by everything it follows from,
+so that an unchanged kernel is not compiled anew; verdicts are not kept, every run judges afresh.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
+import json
 import os
+import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from fastenc import triton_kernels
 from fastenc.triton_kernels import _common
 
 TARGETS = {
@@ -104,15 +117,73 @@ def _read_amdgcn(text: str) -> tuple[int, int, dict[str, int]]:
     return value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count"), counts
 
 
-def compile_launch(chip: str, kernel, grid: tuple, args: tuple, options: dict) -> Compiled:
-    kernel.device_caches.clear()
-    built = kernel.warmup(*args, grid=grid, **options)
+def _read(chip: str, built) -> dict:
+    """What the gates judge of a compiled kernel."""
     if TARGETS[chip].backend == "hip":
         registers, spills, counts = _read_amdgcn(built.asm["amdgcn"])
     else:
         registers, spills, counts = _read_cubin(built.asm["cubin"])
         if "tcgen05.mma" in built.asm["ptx"]:
             counts["tcgen05.mma"] = built.asm["ptx"].count("tcgen05.mma")
+    shared = built.metadata.shared
+    return {"shared": shared, "registers": registers, "spills": spills, "instructions": counts}
+
+
+@functools.cache
+def _hash_sources() -> None:
+    """Triton's hash of a kernel's sources also depends on which kernels were hashed before it: here
+    all are, in one order."""
+    for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+        for member in vars(importlib.import_module(module.name)).values():
+            getattr(member, "cache_key", None)
+
+
+def _record(chip: str, kernel, specialisation: str) -> Path | None:
+    """Where the reading of a compilation is kept, named by what it follows from: the source of the
+    kernel and of all that it calls, the types, alignments and constants of its arguments, options,
+    target, Triton's version and the code that reads. FASTENC_GATES_AFRESH=1: nowhere."""
+    if os.environ.get("FASTENC_GATES_AFRESH") == "1":
+        return None
+    _hash_sources()
+    readers = "".join(map(inspect.getsource, (_read, _read_cubin, _read_amdgcn)))
+    switches = get_cache_invalidating_env_vars()
+    switches |= {name: x for name, x in os.environ.items() if name.startswith("TRITON_PTXAS")}
+    switches = sorted(switches.items())
+    follows = triton.__version__, kernel.cache_key, specialisation, str(TARGETS[chip]), switches
+    digest = hashlib.sha256(repr((*follows, readers)).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "fastenc" / "gates" / f"{digest}.json"
+
+
+def build(kernel, grid: tuple, args: tuple, options: dict, known: Callable[[str], bool]):
+    """What Triton builds for a launch; None, and nothing is built, if its key is ``known``: the
+    types, alignments and divisibility of the arguments, constants and options."""
+    kernel.device_caches.clear()
+    knobs.runtime.jit_cache_hook = lambda key, **_: known(key)
+    try:
+        return kernel.warmup(*args, grid=grid, **options)
+    finally:
+        knobs.runtime.jit_cache_hook = None
+
+
+def compile_launch(chip: str, kernel, grid: tuple, args: tuple, options: dict) -> Compiled:
+    path: Path | None = None
+
+    def known(key: str) -> bool:
+        nonlocal path
+        path = _record(chip, kernel, key)
+        return path is not None and path.exists()
+
+    built = build(kernel, grid, args, options, known)
+    if built is None:
+        read = json.loads(path.read_text())
+    else:
+        read = _read(chip, built)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(read))
+            partial.replace(path)
     dtype = next(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
     stem = kernel.fn.__module__.rpartition(".")[2]
     return Compiled(
@@ -120,10 +191,7 @@ def compile_launch(chip: str, kernel, grid: tuple, args: tuple, options: dict) -
         chip=chip,
         dtype=dtype.removeprefix("torch."),
         options=options,
-        shared=built.metadata.shared,
-        registers=registers,
-        spills=spills,
-        instructions=counts,
+        **read,
     )
 
 
@@ -190,12 +258,19 @@ MATRIX = {
     "sm_100": r"tcgen05\.mma",
     "gfx942": r"v_mfma.*",
 }
+WGMMA_ROWS = 64
 
 
 def multiplies(kernel: Compiled) -> bool:
     """Whether the kernel is made of matrix products."""
     named = re.match(r"\w*attention|span_(score|candidates)|token_score", kernel.name)
     return bool(named) and kernel.name.endswith(PRODUCTS)
+
+
+def matrix_instruction(kernel: Compiled) -> str:
+    """The one its products are meant to take: wgmma, unless none of them has the rows for it."""
+    narrow = kernel.options.get("BAND", WGMMA_ROWS) < WGMMA_ROWS
+    return MATRIX["sm_80" if kernel.chip == "sm_90" and narrow else kernel.chip]
 
 
 def narrow_allowed(kernel: Compiled) -> int | None:
@@ -211,6 +286,7 @@ def narrow_allowed(kernel: Compiled) -> int | None:
     if kernel.name.startswith("span_score_bwd"):
         o = kernel.options
         loads = o["BLOCK_M"] * o["BLOCK_C"] // (32 * o["num_warps"])
+        loads *= 2 if kernel.chip == "sm_100" else 1  # a step of the loop is there twice
         return 2 * loads if "words" in kernel.name else loads + 1
     return 1 if kernel.name == "segment_pool._backward_kernel" else 0
 
@@ -223,8 +299,8 @@ def faults(kernel: Compiled, sixteen_bit: bool, vectors: bool = True) -> list[st
     limit = _common.CHIPS[kernel.chip].shared
     if kernel.shared > limit:
         found.append(f"{kernel.shared} bytes of shared memory, the chip has {limit}")
-    if multiplies(kernel) and sixteen_bit and not kernel.count(MATRIX[kernel.chip]):
-        found.append(f"no {MATRIX[kernel.chip]}")
+    if multiplies(kernel) and sixteen_bit and not kernel.count(matrix_instruction(kernel)):
+        found.append(f"no {matrix_instruction(kernel)}")
     if multiplies(kernel) and not sixteen_bit and kernel.count(r"HG?MMA.*TF32.*"):
         found.append("fp32 products run in tf32")
     if TARGETS[kernel.chip].backend == "cuda" and vectors and kernel.name not in SMALL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -23,92 +24,110 @@ from fastenc.triton_kernels import (
     varlen_attention,
 )
 
-TOKENS = 4096
 HEADS = 12
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Call = Callable[[], object]
 
 
-def _cu() -> torch.Tensor:
-    return torch.zeros(9, dtype=torch.int32)
+@dataclass(frozen=True)
+class Batch:
+    """What changes from call to call, and no kernel may be compiled for."""
+
+    tokens: int = 64
+    num_seqs: int = 8
+    longest: int = 64
+
+    @property
+    def cu(self) -> torch.Tensor:
+        return torch.zeros(self.num_seqs + 1, dtype=torch.int32)
 
 
-def call_geglu(intermediate: int, dtype: torch.dtype, activation: str = "gelu") -> None:
-    x = torch.empty(TOKENS, 2 * intermediate, dtype=dtype)
+BATCH = Batch()
+
+
+def call_geglu(
+    intermediate: int, dtype: torch.dtype, activation: str = "gelu", batch: Batch = BATCH
+) -> None:
+    x = torch.empty(batch.tokens, 2 * intermediate, dtype=dtype)
     geglu.geglu_bwd(geglu.geglu_fwd(x, activation), x, activation)
 
 
-def call_rope(heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    x = torch.empty(64, 3, heads, head_dim, dtype=dtype)[:, :2]
+def call_rope(heads: int, head_dim: int, dtype: torch.dtype, batch: Batch = BATCH) -> None:
+    x = torch.empty(batch.tokens, 3, heads, head_dim, dtype=dtype)[:, :2]
     table = torch.empty(64, head_dim // 2, dtype=dtype)
-    positions = torch.zeros(64, dtype=torch.int64)
+    positions = torch.zeros(batch.tokens, dtype=torch.int64)
     rope.rope_bwd(rope.rope_fwd(x, table, table, positions), table, table, positions)
 
 
-def call_add_layer_norm(hidden: int, dtype: torch.dtype, residual: bool, bias: bool) -> None:
-    x, weight = torch.empty(64, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
+def call_add_layer_norm(
+    hidden: int, dtype: torch.dtype, residual: bool, bias: bool, batch: Batch = BATCH
+) -> None:
+    x, weight = torch.empty(batch.tokens, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
     more = x if residual else None
     outputs = add_layer_norm.add_layer_norm_fwd(x, more, weight, weight if bias else None, 1e-5)
     add_layer_norm.add_layer_norm_bwd(x, more, x, weight, *outputs[2:], bias)
 
 
-def call_segment_pool(hidden: int, dtype: torch.dtype, mode: str) -> None:
-    x = torch.empty(64, hidden, dtype=dtype)
-    out, index = segment_pool.segment_pool_fwd(x, _cu(), mode)
-    segment_pool.segment_pool_bwd(out, index, _cu(), 64, mode)
+def call_segment_pool(hidden: int, dtype: torch.dtype, mode: str, batch: Batch = BATCH) -> None:
+    x = torch.empty(batch.tokens, hidden, dtype=dtype)
+    out, index = segment_pool.segment_pool_fwd(x, batch.cu, mode)
+    segment_pool.segment_pool_bwd(out, index, batch.cu, batch.tokens, mode)
 
 
-def _spans(size: int, labels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """start, end, labels of eight sequences."""
-    words = torch.empty(64, size, dtype=dtype)
-    return words, words, torch.empty(8, labels, size, dtype=dtype)
+def _spans(size: int, labels: int, dtype: torch.dtype, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """start, end, labels of the sequences."""
+    words = torch.empty(batch.tokens, size, dtype=dtype)
+    return words, words, torch.empty(batch.num_seqs, labels, size, dtype=dtype)
 
 
-def call_span_pool(size: int, dtype: torch.dtype) -> None:
-    start, end, _ = _spans(size, 1, dtype)
-    out = span_pool.span_pool_fwd(start, end, _cu(), 12)
-    span_pool.span_pool_bwd(out, start, end, _cu(), 12)
+def call_span_pool(size: int, dtype: torch.dtype, batch: Batch = BATCH) -> None:
+    start, end, _ = _spans(size, 1, dtype, batch)
+    out = span_pool.span_pool_fwd(start, end, batch.cu, 12)
+    span_pool.span_pool_bwd(out, start, end, batch.cu, 12)
 
 
-def call_span_score(size: int, labels: int, dtype: torch.dtype, dropout: bool = False) -> None:
-    tensors = _spans(size, labels, dtype)
-    bias = torch.empty(8, labels, dtype=dtype)
+def call_span_score(
+    size: int, labels: int, dtype: torch.dtype, dropout: bool = False, batch: Batch = BATCH
+) -> None:
+    tensors = _spans(size, labels, dtype, batch)
+    bias = torch.empty(batch.num_seqs, labels, dtype=dtype)
     options = (0.4, torch.zeros(1, dtype=torch.int64)) if dropout else (0.0, None)
-    out = span_score.span_score_fwd(*tensors, _cu(), 12, bias, *options)
-    span_score.span_score_bwd(out, *tensors, _cu(), 12, *options)
+    out = span_score.span_score_fwd(*tensors, batch.cu, 12, bias, *options)
+    span_score.span_score_bwd(out, *tensors, batch.cu, 12, *options)
 
 
 def call_token_score(
-    size: int, factors: int, labels: int, dtype: torch.dtype, dropout: bool = False
-) -> None:
-    token, s = torch.empty(64, size, dtype=dtype), torch.empty(64, factors, dtype=dtype)
-    label = torch.empty(8, labels, size, dtype=dtype)
-    t = torch.empty(8, labels, factors, dtype=dtype)
+    size: int, factors: int, labels: int, dtype: torch.dtype, dropout: bool = False,
+    batch: Batch = BATCH,
+) -> None:  # fmt: skip
+    token, s = (torch.empty(batch.tokens, n, dtype=dtype) for n in (size, factors))
+    label, t = (torch.empty(batch.num_seqs, labels, n, dtype=dtype) for n in (size, factors))
     weight, outs = torch.empty(size, factors, dtype=dtype), torch.empty(3, size, dtype=dtype)
     options = (0.3, torch.zeros(1, dtype=torch.int64)) if dropout else (0.0, None)
-    tensors = token, label, s, t, weight, outs, _cu()
+    tensors = token, label, s, t, weight, outs, batch.cu
     out = token_score.token_score_fwd(*tensors, torch.empty(3, dtype=dtype), *options)
     token_score.token_score_bwd(out, *tensors, *options)
 
 
-def call_span_candidates(size: int, labels: int, dtype: torch.dtype) -> None:
+def call_span_candidates(size: int, labels: int, dtype: torch.dtype, batch: Batch = BATCH) -> None:
     """Nothing is found where nothing runs: counts are zeros, so the list is empty."""
     empty = _common.empty
     _common.empty = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
     try:
-        span_candidates.span_candidates_fwd(*_spans(size, labels, dtype), _cu(), 12, 0.5, None)
+        tensors = _spans(size, labels, dtype, batch)
+        span_candidates.span_candidates_fwd(*tensors, batch.cu, 12, 0.5, None)
     finally:
         _common.empty = empty
 
 
 def call_attention(
     head_dim: int, dtype: torch.dtype, window: tuple[int, int], dropout: bool = False,
-    bias: bool = False, rope: bool = False, grad_lse: bool = False,
+    bias: bool = False, rope: bool = False, grad_lse: bool = False, batch: Batch = BATCH,
 ) -> None:  # fmt: skip
-    qkv = torch.empty(64, 3, HEADS, head_dim, dtype=dtype)
+    qkv = torch.empty(batch.tokens, 3, HEADS, head_dim, dtype=dtype)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    shape = (_cu(), 64, *window, head_dim**-0.5, 0.1 if dropout else 0.0, seed)
-    dlse = torch.empty(HEADS, 64) if grad_lse else None
+    shape = (batch.cu, batch.longest, *window, head_dim**-0.5, 0.1 if dropout else 0.0, seed)
+    dlse = torch.empty(HEADS, batch.tokens) if grad_lse else None
     if rope:
         tables = (torch.empty(64, head_dim // 2, dtype=dtype),) * 2
         out, lse = rope_varlen_attention.rope_varlen_attention_fwd(qkv, *tables, *shape)
@@ -124,16 +143,30 @@ def call_attention(
 
 def call_disentangled(
     head_dim: int, dtype: torch.dtype, terms: tuple[bool, bool] = (True, True),
-    dropout: bool = False,
+    dropout: bool = False, batch: Batch = BATCH,
 ) -> None:  # fmt: skip
-    q, k, v = torch.empty(64, 3, HEADS, head_dim, dtype=dtype).unbind(1)
+    q, k, v = torch.empty(batch.tokens, 3, HEADS, head_dim, dtype=dtype).unbind(1)
     tables = (torch.empty(HEADS, 512, head_dim, dtype=dtype) if term else None for term in terms)
     tensors = (q, k, v, *tables)
     index = torch.zeros(1025, dtype=torch.int32)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    shape = index, _cu(), 64, 0.1, 0.1 if dropout else 0.0, seed
+    shape = index, batch.cu, batch.longest, 0.1, 0.1 if dropout else 0.0, seed
     out, lse = disentangled_attention.disentangled_attention_fwd(*tensors, *shape)
     disentangled_attention.disentangled_attention_bwd(out, *tensors, out, lse, *shape)
+
+
+def name_of(call: functools.partial) -> str:
+    words = [call.func.__name__.removeprefix("call_")]
+    words += [str(a).removeprefix("torch.").replace(" ", "") for a in call.args]
+    return "-".join([*words, *(k for k, v in call.keywords.items() if v)])
+
+
+UNALIGNED = {1100, 1000, 80}
+
+
+def aligned(call: functools.partial) -> bool:
+    """Whether the rows of its tensors, and the pieces of a head, are multiples of 16 elements."""
+    return not UNALIGNED.intersection(call.args[:1])
 
 
 GLOBAL, LOCAL, WIDE = (-1, -1), (64, 64), (512, 0)
@@ -166,6 +199,7 @@ def default_calls() -> dict[str, list[Call]]:
         ],
         "token_score": [bind(call_token_score, 2048, 512, 25, BF16)],
         "span_candidates": [bind(call_span_candidates, 2048, 10, BF16)],
+        "disentangled_attention": [bind(call_disentangled, 64, BF16)],
     }
 
 
@@ -178,11 +212,11 @@ def all_calls() -> list[Call]:
     calls += [bind(call_geglu, 1152, BF16, activation) for activation in ("gelu_tanh", "silu")]
     for heads, head_dim in ((12, 64), (12, 32), (8, 96), (8, 128)):
         calls += [bind(call_rope, heads, head_dim, dtype) for dtype in (BF16, FP32)]
-    for hidden, dtype in itertools.product((384, 768, 1024, 5000, 8192), (BF16, FP32)):
+    for hidden, dtype in itertools.product((384, 768, 1000, 1024, 5120, 8192), (BF16, FP32)):
         calls.append(bind(call_add_layer_norm, hidden, dtype, True, False))
     calls.append(bind(call_add_layer_norm, 768, BF16, False, True))
     for head_dim, dtype, dropout in itertools.product(
-        (32, 64, 96, 128, 256), (BF16, FP32), (False, True)
+        (32, 64, 96, 128), (BF16, FP32), (False, True)
     ):
         calls.append(bind(call_disentangled, head_dim, dtype, dropout=dropout))
     for terms in ((True, False), (False, True), (False, False)):

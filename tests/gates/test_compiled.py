@@ -1,16 +1,21 @@
 """The default launches for sm_80 and sm_90, compiled and judged; each gate is seen to fail once."""
 
 import dataclasses
+import functools
 
 import compiling
 import launches
 import pytest
 import torch
+import triton
 from compiling import compile_calls, faults
 
-from fastenc.triton_kernels import _common, geglu, varlen_attention
+from fastenc.triton_kernels import _common, geglu, span_pool, varlen_attention
 from fastenc.triton_kernels import varlen_attention_launch as choose
 from fastenc.triton_kernels.varlen_attention_launch import Launch, Need
+
+BF16 = torch.bfloat16
+bind = functools.partial
 
 DEFAULT_CALLS = [
     pytest.param(op, call, id=f"{op}-{i}")
@@ -59,64 +64,60 @@ def test_windowed_kernels_are_single_pass():
 # ---- what may not cause another compilation ----------------------------------------------------
 
 
-def specialisations(chip: str, calls) -> int:
-    """How many kernels Triton would build for ``calls``, by its own cache keys."""
-    kernels = {}
+def specialisations(chip: str, calls) -> set[tuple[str, str]]:
+    """The kernels that Triton would build for ``calls``, by its own keys; none is built."""
+    found = set()
 
     def launch(kernel, grid, *args, **options):
-        kernels[id(kernel)] = kernel
-        kernel.warmup(*args, grid=grid, **options)
+        name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+        compiling.build(kernel, grid, args, options, lambda key: not found.add((name, key)))
 
     with compiling.target(chip, launch):
         for call in calls:
             call()
-    return sum(len(cache) for k in kernels.values() for cache, *_ in k.device_caches.values())
+    return found
 
 
-def attention_of(total: int, num_seqs: int, max_seqlen: int, window: tuple[int, int], rope: bool):
-    qkv = torch.empty(total, 3, 12, 64, dtype=torch.bfloat16)
-    cu = torch.zeros(num_seqs + 1, dtype=torch.int32)
-    shape = (cu, max_seqlen, *window, 0.125, 0.0, None)
-    if rope:
-        from fastenc.triton_kernels import rope_varlen_attention as op
-
-        tables = (torch.empty(8192, 32, dtype=torch.bfloat16),) * 2
-        out, lse = op.rope_varlen_attention_fwd(qkv, *tables, *shape)
-        op.rope_varlen_attention_bwd(out, None, qkv, *tables, out, lse, *shape)
-    else:
-        out, lse = varlen_attention.varlen_attention_fwd(*qkv.unbind(1), *shape, None)
-        varlen_attention.varlen_attention_bwd(out, None, *qkv.unbind(1), out, lse, *shape, None)
-
-
-@pytest.mark.parametrize("rope", [False, True])
-@pytest.mark.parametrize("window", [launches.GLOBAL, launches.LOCAL])
-def test_batches_share_their_kernels(window, rope):
-    for kernel in clear_caches():
-        kernel.device_caches.clear()
-    batches = ((64, 1, 64), (1, 1, 1), (4099, 16, 777), (17, 3, 16), (8192, 500, 8192))
-    first = specialisations("sm_90", [lambda: attention_of(*batches[0], window, rope)])
-    every = specialisations(
-        "sm_90", [lambda b=b: attention_of(*b, window, rope) for b in batches]
-    )  # fmt: skip
-    assert first == every
+BATCHES = [
+    launches.Batch(*sizes)
+    for sizes in ((1, 1, 1), (4099, 16, 777), (17, 3, 16), (8192, 500, 8192), (16, 1, 16))
+]
+SHARING = [
+    *(call for calls in launches.default_calls().values() for call in calls),
+    *(bind(launches.call_segment_pool, 768, BF16, mode) for mode in ("max", "cls", "last")),
+    bind(launches.call_span_score, 2048, 1, BF16),
+    bind(launches.call_span_score, 2048, 25, BF16, dropout=True),
+    bind(launches.call_token_score, 2048, 512, 25, BF16, dropout=True),
+    bind(launches.call_attention, 64, BF16, launches.GLOBAL, bias=True),
+    bind(launches.call_disentangled, 64, BF16, dropout=True),
+]
 
 
-def clear_caches():
-    """Every kernel of the package."""
-    from fastenc.triton_kernels import (
-        _attention,
-        rope,
-        varlen_attention_bias,
-        varlen_attention_bwd,
-        varlen_attention_fwd,
-        windowed_attention_fwd,
-    )
+@pytest.mark.parametrize("call", SHARING, ids=launches.name_of)
+def test_batches_share_their_kernels(call):
+    """total_tokens, num_seqs and max_seqlen: 1, multiples of 16, and neither."""
+    first = specialisations("sm_90", [call])
+    every = specialisations("sm_90", [bind(call, batch=batch) for batch in BATCHES])
+    assert first and every == first
 
-    for module in (
-        _attention, rope, varlen_attention_bias, varlen_attention_bwd, varlen_attention_fwd,
-        windowed_attention_fwd,
-    ):  # fmt: skip
-        yield from (x for x in vars(module).values() if hasattr(x, "device_caches"))
+
+def test_unchanged_kernels_are_not_compiled_again(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise RuntimeError("compiles")
+
+    def compile_again():
+        return compile_calls("sm_80", [lambda: launches.call_span_pool(512, BF16)])
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compile_again()
+    monkeypatch.setattr(triton.compiler, "compile", refuse)
+    assert compile_again() == first and all(k.registers for k in first)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiles"):
+        patch.setenv("FASTENC_GATES_AFRESH", "1")
+        compile_again()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiles"):
+        patch.setattr(span_pool._backward_kernel, "hash", "of other sources")
+        compile_again()
 
 
 # ---- launches are plain data -------------------------------------------------------------------
@@ -198,15 +199,9 @@ def test_gate_sees_tf32(monkeypatch):
     assert any("tf32" in text for k in kernels for text in faults(k, False))
 
 
-def test_gate_sees_another_compilation():
-    """The counter itself: a batch with another head_dim needs its own kernels."""
-    for kernel in clear_caches():
-        kernel.device_caches.clear()
-
-    def attend(head_dim):
-        q = torch.empty(64, 2, head_dim, dtype=torch.bfloat16)
-        shape = torch.zeros(2, dtype=torch.int32), 64, -1, -1, 0.125, 0.0, None, None
-        varlen_attention.varlen_attention_fwd(q, q, q, *shape)
-
-    one = specialisations("sm_90", [lambda: attend(64)])
-    assert specialisations("sm_90", [lambda: attend(64), lambda: attend(32)]) > one
+def test_gate_sees_another_compilation(monkeypatch):
+    """A kernel that Triton may specialise for the batch, and a constant that another call has."""
+    call = bind(launches.call_span_pool, 2048, BF16)
+    batches = [bind(call, batch=batch) for batch in BATCHES]
+    monkeypatch.setattr(span_pool._forward_kernel.params[4], "do_not_specialize", False)
+    assert len(specialisations("sm_90", batches)) > len(specialisations("sm_90", [call]))

@@ -1,8 +1,11 @@
 """docs/kernels.md says what is: its tables are of these kernels and of the committed results."""
 
 import json
+import re
 
 import document
+import test_versions
+from packaging.specifiers import SpecifierSet
 
 
 def test_tables_are_current():
@@ -22,3 +25,10 @@ def test_status_comes_from_results(tmp_path):
     (tmp_path / "x" / "b.json").write_text(json.dumps({"machine": "a CPU", "ops": [run]}))
     table = document.status_table(["geglu", "rope"], tmp_path)
     assert "| geglu | NVIDIA X (2026-01-01) |" in table and "| rope | never |" in table
+
+
+def test_triton_that_users_get_is_the_tested_one():
+    text = (document.ROOT / "pyproject.toml").read_text()
+    allowed = SpecifierSet(re.search(r'gpu = \["triton(.*?)"\]', text)[1])
+    tested = list(test_versions.VERSIONS)
+    assert [v for v in ("3.5.1", *tested, "3.10.0") if v in allowed] == tested

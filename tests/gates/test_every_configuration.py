@@ -8,18 +8,11 @@ from compiling import TARGETS, compile_calls, faults
 pytestmark = pytest.mark.slow
 
 
-def name_of(call) -> str:
-    words = [call.func.__name__.removeprefix("call_")]
-    words += [str(a).removeprefix("torch.").replace(" ", "") for a in call.args]
-    return "-".join([*words, *(k for k, v in call.keywords.items() if v)])
-
-
 @pytest.mark.parametrize("chip", TARGETS)
-@pytest.mark.parametrize("call", launches.all_calls(), ids=name_of)
+@pytest.mark.parametrize("call", launches.all_calls(), ids=launches.name_of)
 def test_every_launch(call, chip, report):
     dtype = next(a for a in call.args if isinstance(a, torch.dtype))
-    sizes = [a for a in call.args if isinstance(a, int)]
-    vectors = all(size % 8 == 0 for size in sizes) and 80 not in sizes
+    vectors = launches.aligned(call)
     kernels = compile_calls(chip, [call], every_candidate=True)
     report(kernels)
     found = [(k.name, k.settings, faults(k, dtype != torch.float32, vectors)) for k in kernels]

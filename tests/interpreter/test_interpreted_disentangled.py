@@ -95,3 +95,8 @@ def test_opcheck():
     args = (q.requires_grad_(), k, v, pk, pq, relative_index(8, 20), cu, longest, 0.2, 0.0, None)
     op = torch.ops.fastenc_triton.disentangled_attention_fwd.default
     assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
+
+
+def test_heads_past_the_registers_are_refused():
+    with pytest.raises(NotImplementedError, match="head_dim up to 128, got 129"):
+        run(inputs((3,), head_dim=129))
