@@ -16,15 +16,21 @@ MAX_HEAD_DIM = 128  # wider heads spill in every tile; DeBERTa's have 64
 
 @dataclass(frozen=True)
 class Launch:
-    """A tile owns ``block_m`` rows and meets the other side in blocks of ``block_n``."""
+    """A tile owns ``block_m`` rows and meets the other side in blocks of ``block_n``.
+
+    ``maxnreg``: registers a thread may have, 0 for as many as ptxas likes; it would rather spill a
+    few bytes than pass 128 or 168, where one block less fits.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 1
+    maxnreg: int = 0
 
     def constants(self) -> dict[str, int]:
-        return {
+        limit = {"maxnreg": self.maxnreg} if self.maxnreg else {}
+        return limit | {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n,
             "BAND": _common.power_of_2(self.block_m + self.block_n - 1),
             "num_warps": self.num_warps, "num_stages": self.num_stages,
@@ -49,23 +55,24 @@ Launches = tuple[Launch, ...]
 INTERPRETED = (Launch(16, 16, 4),)
 
 
-def _tall(chip: Chip) -> bool:
+def _tall(need: Need, chip: Chip) -> bool:
     """Whether tiles of 64 x 64 are right: tcgen05 needs them and keeps its sums out of registers.
-    Elsewhere on NVIDIA they spill (compiled, not timed)."""
-    return chip.backend == "cuda" and 100 <= chip.arch < 120
+    Elsewhere on NVIDIA they spill where there is a table (compiled, not timed)."""
+    return chip.backend == "cuda" and (100 <= chip.arch < 120 or not need.terms)
 
 
-def _fp32(need: Need) -> Launch:
+def _fp32(need: Need, chip: Chip) -> Launch:
     """The operands of an FMA product are in registers: 32 x 32 tiles spill."""
-    return Launch(16, 16, 4 if need.head_dim <= 64 else 8)
+    maxnreg = 255 if chip.backend == "cuda" else 0
+    return Launch(16, 16, 4 if need.head_dim <= 64 else 8, maxnreg=maxnreg)
 
 
 def forward(need: Need, chip: Chip) -> Launches:
     if chip.backend == "cpu":
         return INTERPRETED
     if need.fp32:
-        return (_fp32(need),)
-    if _tall(chip) or chip.backend == "hip":
+        return (_fp32(need, chip),)
+    if _tall(need, chip) or chip.backend == "hip":
         return (Launch(64, 64, 8), Launch(64, 64, 4))
     return (Launch(32, 32, 4), Launch(32, 32, 8)) if need.head_dim <= 64 else (Launch(32, 32, 8),)
 
@@ -75,9 +82,9 @@ def backward(need: Need, chip: Chip) -> Launches:
     if chip.backend == "cpu":
         return INTERPRETED
     if need.fp32:
-        return (_fp32(need),)
-    if _tall(chip):
-        return (Launch(64, 64, 8),)
+        return (_fp32(need, chip),)
+    if _tall(need, chip):
+        return (Launch(64, 64 if need.terms or need.head_dim <= 64 else 32, 8),)
     if chip.backend == "hip":  # 64 x 64 tiles are past its shared memory
         return (Launch(32, 32, 4),)
     return (Launch(32, 32, 4), Launch(32, 32, 8)) if need.head_dim <= 64 else (Launch(32, 32, 8),)
@@ -88,8 +95,8 @@ def tables(need: Need, chip: Chip) -> Launch:
     if chip.backend == "cpu":
         return INTERPRETED[0]
     if need.fp32:
-        return _fp32(need)
-    if _tall(chip):
+        return _fp32(need, chip)
+    if _tall(need, chip):
         return Launch(64, 64, 8)
     if chip.backend == "hip":
         return Launch(32, 32, 4)

@@ -221,6 +221,7 @@ def all_calls() -> list[Call]:
         calls.append(bind(call_disentangled, head_dim, dtype, dropout=dropout))
     for terms in ((True, False), (False, True), (False, False)):
         calls.append(bind(call_disentangled, 64, BF16, terms))
+    calls.append(bind(call_disentangled, 128, BF16, (False, False), dropout=True))
     calls.append(bind(call_disentangled, 64, FP16))
     for (size, factors), labels, dtype, dropout in itertools.product(
         ((2048, 512), (3072, 768)), (1, 25), (BF16, FP32), (False, True)
