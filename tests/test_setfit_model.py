@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import setfit
 import torch
+from embedding_tests import Expected, as_tensor
 from model_tests import telling
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
 from sklearn.linear_model import LogisticRegression
-from test_encoder_folder import MINILM, tiny_body
+from test_encoder_folder import MINILM, expected_of, tiny_body
 
 import fastenc
 from fastenc.models._setfit_checks import check_examples
@@ -60,10 +62,15 @@ def as_numpy(x) -> np.ndarray:
 
 
 def assert_same_model(ours, theirs) -> None:
-    for texts in (MORE, MORE[:3], MORE[0]):
+    exact = copy.deepcopy(theirs)
+    for part in (exact.model_body, exact.model_head):
+        if isinstance(part, torch.nn.Module):
+            part.double()
+    probabilities = Expected(*(as_tensor(m.predict_proba(MORE)) for m in (theirs, exact)))
+    for texts, rows in ((MORE, slice(None)), (MORE[:3], slice(3)), (MORE[0], 0)):
         p, q = ours.predict_proba(texts), theirs.predict_proba(texts)
         assert type(p) is type(q) and p.shape == q.shape
-        np.testing.assert_allclose(as_numpy(p), as_numpy(q), rtol=0, atol=2e-6)
+        probabilities.check(p, rows)
         for options in ({}, {"use_labels": False}, {"as_numpy": True}):
             found, expected = ours.predict(texts, **options), theirs.predict(texts, **options)
             assert type(found) is type(expected)
@@ -126,7 +133,7 @@ def test_fit_head_is_scikit_learn(folder, strategy):
     labels = CLASSES["names"] if strategy is None else ROWS
     theirs = trained(folder, labels, multi_target_strategy=strategy, head_params={"C": 2.0})
     with fastenc.record() as ran:
-        np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), rtol=0, atol=2e-6)
+        expected_of(theirs.model_body, TEXTS).check(ours.encode(TEXTS))
         ours.fit_head(theirs.encode(TEXTS), labels)  # the optimum moves more than the embeddings
     assert ran.fallbacks == []
     assert_same_model(ours, theirs)
