@@ -76,6 +76,12 @@ def test_grid(isa):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(("lengths", "window"), [((130, 3), (5, 17)), ((600,), (1, 1))])
+def test_two_of_the_grid(lengths, window):
+    """What nothing else in make test asks for: the log-sum-exp and the gradient through it."""
+    check(lengths, window, 64)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_any_scale(scale):
     """The scale is applied after the maximum is found, but not where it is not above 0."""

@@ -11,7 +11,7 @@ import fastenc
 from fastenc import testing
 from fastenc.ops._philox import keep_mask
 
-WINDOWS = ((-1, -1), (0, 0), (16, 16), (64, 64), (-1, 0), (5, 17), (300, 7))
+WINDOWS = ((-1, -1), (0, 0), (1, 1), (16, 16), (64, 64), (-1, 0), (5, 17), (300, 7))
 
 
 @op_tests.parity_params("varlen_attention")
@@ -82,7 +82,7 @@ def test_sequences_are_independent(window):
         assert torch.equal(_gradient(poisoned, cotangent, *together)[start:end], expected)
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (64, 64)])
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64), (300, 7)])
 def test_independent_of_threads(window):
     qkv, cu_seqlens, longest = _packed((700, 3, 2500), heads=1)
     cotangent = torch.randn(qkv.shape[0], *qkv.shape[2:])

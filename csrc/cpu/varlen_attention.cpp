@@ -23,6 +23,17 @@
 // machine than rows 1 and 2. What is left under the prediction is memory: each
 // row of a head is a page of its own in a packed qkv. torch's sdpa with a mask takes 4x the time
 // at 4x512, 70x at 1x8192.
+//
+// The whole grid on a quiet machine, medians of wall time (`python -m bench.attention_rate --rounds
+// 5`, 2026-11-25, torch 2.13, MKL held to the same instruction set and threads); the goals are 0.60
+// with the window and 0.65 without:
+//
+//                            window 64                       no window
+//   sgemm GFLOP/s     8x128  4x512  1x2048  1x8192    8x128  4x512  1x2048  1x8192
+//   AVX-512, 1   100   0.70   0.68    0.68    0.70     0.77   0.97    0.99    0.98
+//   AVX-512, 2   176   0.72   0.71    0.68    0.91     0.94   1.11    1.26    1.39
+//   AVX2, 1       97   0.67   0.71    0.66    0.69     0.79   0.92    0.92    0.87
+//   AVX2, 2      168   0.67   0.83    0.72    0.73     0.88   0.93    1.02    0.99
 
 #include <algorithm>
 #include <cstdint>
