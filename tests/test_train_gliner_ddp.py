@@ -57,8 +57,14 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(steps, (2, port, str(folder), str(tmp_path)), nprocs=2)
-    torch.multiprocessing.spawn(steps, (1, port, str(folder), str(tmp_path)), nprocs=1)
+    pair = torch.multiprocessing.spawn(
+        steps, (2, port, str(folder), str(tmp_path)), nprocs=2, join=False
+    )
+    threads = torch.get_num_threads()
+    steps(0, 1, port, str(folder), str(tmp_path))  # while they start
+    torch.set_num_threads(threads)
+    while not pair.join():
+        pass
     for reduction in ("sum", "mean"):
         one, two = (torch.load(tmp_path / f"{reduction}-{n}.pt") for n in (1, 2))
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
