@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -86,6 +87,20 @@ def test_wheel_made_without_a_gpu_holds_the_cuda_library(tmp_path_factory, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["80", "90a"]
+
+
+def test_the_oldest_python_reads_every_file():
+    """No syntax is younger than the oldest Python of requires-python."""
+    found = re.search(r'requires-python = ">=(\d+)\.(\d+)', (ROOT / "pyproject.toml").read_text())
+    oldest = tuple(map(int, found.groups()))
+    with pytest.raises(SyntaxError):
+        ast.parse("try: ...\nexcept* OSError: ...", feature_version=oldest)
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for path in (ROOT / name for name in filter(None, names)):
+        if path.exists():
+            ast.parse(path.read_text(), str(path), feature_version=oldest)
 
 
 def test_version():
