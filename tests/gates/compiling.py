@@ -269,8 +269,8 @@ def multiplies(kernel: Compiled) -> bool:
 
 def matrix_instruction(kernel: Compiled) -> str:
     """The one its products are meant to take: wgmma, unless none of them has the rows for it."""
-    narrow = kernel.options.get("BAND", WGMMA_ROWS) < WGMMA_ROWS
-    return MATRIX["sm_80" if kernel.chip == "sm_90" and narrow else kernel.chip]
+    rows = min(kernel.options.get(name, WGMMA_ROWS) for name in ("BAND", "BLOCK"))
+    return MATRIX["sm_80" if kernel.chip == "sm_90" and rows < WGMMA_ROWS else kernel.chip]
 
 
 def narrow_allowed(kernel: Compiled) -> int | None:

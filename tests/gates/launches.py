@@ -161,7 +161,7 @@ def name_of(call: functools.partial) -> str:
     return "-".join([*words, *(k for k, v in call.keywords.items() if v)])
 
 
-UNALIGNED = {1100, 1000, 80}
+UNALIGNED = {1100, 1000, 80, 8}
 
 
 def aligned(call: functools.partial) -> bool:
