@@ -84,7 +84,7 @@ def test_sequences_are_independent(window):
 
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64), (300, 7)])
 def test_independent_of_threads(window):
-    qkv, cu_seqlens, longest = _packed((700, 3, 2500), heads=1)
+    qkv, cu_seqlens, longest = _packed((700, 3, 4200), heads=1)  # two and three parts
     cotangent = torch.randn(qkv.shape[0], *qkv.shape[2:])
     rel_bias = torch.randn(1, 32)
     before, results = torch.get_num_threads(), []
