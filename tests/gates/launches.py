@@ -254,5 +254,5 @@ def all_calls() -> list[Call]:
     calls += [bind(call_attention, 64, FP16, window, rope=True) for window in (GLOBAL, LOCAL)]
     calls.append(bind(call_attention, 64, BF16, GLOBAL, grad_lse=True))
     calls.append(bind(call_attention, 64, BF16, LOCAL, bias=True, dropout=True))
-    calls.append(bind(call_attention, 64, FP32, GLOBAL, bias=True, dropout=True))
+    calls += [bind(call_attention, 64, FP32, GLOBAL, bias=True, dropout=d) for d in (False, True)]
     return calls
