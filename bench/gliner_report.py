@@ -30,6 +30,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             if name in spent
         ]
         others += [f"{name} does not run" for name in row.get("failures", {})]
+        if floor := row.get("floor_seconds"):
+            others.append(f"floor {_milliseconds(floor)} ({floor / spent['fastenc']:.2f})")
         accelerated = ahead.get("accelerate(gliner)")
         lines.append(
             [

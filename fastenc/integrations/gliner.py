@@ -27,7 +27,7 @@ from fastenc.integrations import transformers
 from fastenc.integrations._gliner_padded import Padded
 from fastenc.models._gliner_config import SPAN_MODES
 from fastenc.models._gliner_encode import encode_labels, word_representations
-from fastenc.models._gliner_heads import span_logits, token_logits
+from fastenc.models._gliner_heads import projected, span_logits, token_logits
 from fastenc.nn import VarlenBatch, linear, packed_forward_of
 from fastenc.ops._registry import note_fallback
 
@@ -168,7 +168,7 @@ class PackedUniEncoderSpanModel(UniEncoderSpanModel):
             span_idx.shape[1] // width,
         )  # fmt: skip
         words, prompts = word_representations(self, padded.batch)
-        prompts = self.prompt_rep_layer(prompts)
+        prompts = projected(self.prompt_rep_layer, prompts)
         logits = span_logits(self.span_rep_layer.span_rep_layer, words, prompts, width)
         return _finish(
             self, padded, padded.pad_spans(logits), words.x, prompts, padded.label_mask, labels, -1,
@@ -238,7 +238,7 @@ class PackedBiEncoderSpanModel(BiEncoderSpanModel):
         else:
             mask = mask.to(words.x.device, attention_mask.dtype)
             labels_embeds = labels_embeds * mask.unsqueeze(-1).to(labels_embeds.dtype)
-        prompts = self.prompt_rep_layer(labels_embeds)
+        prompts = projected(self.prompt_rep_layer, labels_embeds)
         logits = span_logits(self.span_rep_layer.span_rep_layer, words, prompts, width)
         return _finish(
             self, padded, padded.pad_spans(logits), words.x, prompts.expand(rows, -1, -1), mask,

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastenc.models._gliner_batch import GLiNERBatch
 from fastenc.models._gliner_heads import Words
 from fastenc.nn import VarlenBatch, packed_forward_of
+from fastenc.nn.linear import linear
 from fastenc.ops import segment_pool
 
 
@@ -20,7 +21,7 @@ def encode_tokens(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
     """(total_tokens, D): the text encoder and its projection, where it has one."""
     hidden = packed_forward_of(token_rep_layer.bert_layer.model)(tokens)
     projection = getattr(token_rep_layer, "projection", None)
-    return hidden if projection is None else projection(hidden)
+    return hidden if projection is None else linear(projection, hidden)
 
 
 def encode_labels(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
@@ -28,7 +29,7 @@ def encode_labels(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
     hidden = packed_forward_of(token_rep_layer.labels_encoder.model)(tokens)
     projection = getattr(token_rep_layer, "labels_projection", None)
     if projection is not None:
-        hidden = projection(hidden)
+        hidden = linear(projection, hidden)
     return segment_pool(hidden, tokens.cu_seqlens, "mean")
 
 

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastenc.nn.linear import product
+from fastenc.nn._modules import is_unhooked
+from fastenc.nn.dropout import dropout
+from fastenc.nn.linear import linear, product
 from fastenc.ops import span_candidates, span_score
 
 Hits = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -38,6 +40,15 @@ class Words:
         """(num_seqs, ...) -> (words, ...): each sequence's row at all of its words."""
         lengths = self.cu_words.diff().long()
         return per_seq.repeat_interleave(lengths, 0, output_size=self.x.shape[0])
+
+
+def projected(layers: nn.Module, x: Tensor) -> Tensor:
+    """``layers(x)``, where a plain ``nn.Sequential`` takes fastenc's products and dropout."""
+    if type(layers) is not nn.Sequential or not is_unhooked(layers):
+        return layers(x)
+    for layer in layers:
+        x = dropout(layer, x) if type(layer) is nn.Dropout else linear(layer, x)
+    return x
 
 
 # ---- span heads ----------------------------------------------------------------------------------
@@ -98,8 +109,10 @@ def _fold(layer: nn.Module, words: Words, prompts: Tensor) -> tuple[Tensor, Tens
     """start, end (words, R), labels (num_seqs, C, R) and label_bias (num_seqs, C) of span_score."""
     first, last = layer.out_project[0], layer.out_project[3]
     d = words.x.shape[-1]
-    start = product(layer.project_start(words.x).relu(), first.weight[:, :d])
-    end = product(layer.project_end(words.x).relu(), first.weight[:, d : 2 * d], first.bias)
+    start = product(projected(layer.project_start, words.x).relu(), first.weight[:, :d])
+    end = product(
+        projected(layer.project_end, words.x).relu(), first.weight[:, d : 2 * d], first.bias
+    )
     context = _context(layer, words)
     if context is not None:
         end = end + words.spread(product(context.relu(), first.weight[:, 2 * d :]))
@@ -129,7 +142,7 @@ def _context(layer: nn.Module, words: Words) -> Tensor | None:
         last = (words.cu_words[1:].long() - 1).clamp(min=0)
         if words.x.shape[0] == 0:
             return words.x.new_zeros(words.num_seqs, words.x.shape[1])
-        return layer.project_context(words.x.index_select(0, last)) * exists
+        return projected(layer.project_context, words.x.index_select(0, last)) * exists
     return None
 
 
@@ -137,8 +150,8 @@ def _separable(layer: nn.Module, words: Words, prompts: Tensor, max_width: int) 
     """SpanMarker has no hidden layer: its logits are a start's plus an end's."""
     d = words.x.shape[-1]
     weight, bias = layer.out_project.weight, layer.out_project.bias
-    start = product(layer.project_start(words.x).relu(), weight[:, :d])
-    end = product(layer.project_end(words.x).relu(), weight[:, d:], bias)
+    start = product(projected(layer.project_start, words.x).relu(), weight[:, :d])
+    end = product(projected(layer.project_end, words.x).relu(), weight[:, d:], bias)
     edges = [0, *itertools.accumulate(words.lengths)]
     out = [words.x.new_zeros(0, max_width, prompts.shape[1])]
     for seq, (first, stop) in enumerate(itertools.pairwise(edges)):
@@ -166,11 +179,11 @@ def token_logits(
 
     first, last = scorer.out_mlp[0], scorer.out_mlp[3]
     d = words.x.shape[-1]
-    token, token_factor = scorer.proj_token(words.x).split(d, -1)
-    label, label_factor = scorer.proj_label(prompts).split(d, -1)
-    label = F.linear(label, first.weight[:, d : 2 * d])
+    token, token_factor = linear(scorer.proj_token, words.x).split(d, -1)
+    label, label_factor = linear(scorer.proj_label, prompts).split(d, -1)
+    label = product(label, first.weight[:, d : 2 * d])
     return token_score(
-        F.linear(token, first.weight[:, :d], first.bias),
+        product(token, first.weight[:, :d], first.bias),
         label.expand(words.num_seqs, -1, -1),
         token_factor.contiguous(),
         label_factor.expand(words.num_seqs, -1, -1),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
 from fastenc.nn import VarlenBatch
+from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import linear
 from fastenc.ops import _checks, add_layer_norm
 
@@ -47,7 +48,7 @@ def widen(intermediate: nn.Module, x: Tensor) -> Tensor:
 def add_norm(output: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """``LayerNorm(dropout(dense(x)) + residual)`` with the modules of ``output``."""
     norm = output.LayerNorm
-    branch = output.dropout(linear(output.dense, x))
+    branch = dropout(output.dropout, linear(output.dense, x))
     return add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)[0]
 
 

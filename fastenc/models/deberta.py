@@ -26,6 +26,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from fastenc.models._base import Holes, PackedInputs
 from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, widen
 from fastenc.nn import VarlenBatch
+from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import PrepackedLinear, count_fused_steps, linear
 from fastenc.ops import disentangled_attention, varlen_attention
 from fastenc.ops._disentangled_ref import relative_index
@@ -136,16 +137,15 @@ class _Relative:
 
         The normed embedding is made in every layer, so that a checkpointed layer stands alone.
         """
-        rows = attn.pos_dropout(self.encoder.get_rel_embedding()[first:last])
+        rows = dropout(attn.pos_dropout, self.encoder.get_rel_embedding()[first:last])
         after = 2 * buckets_of(attn)[0] - last
 
         def table(projection: nn.Module | None) -> Tensor | None:
             if projection is None:
                 return None
             heads = (attn.num_attention_heads, attn.attention_head_size)
-            return (
-                F.pad(projection(rows), (0, 0, first, after)).unflatten(-1, heads).transpose(0, 1)
-            )
+            x = F.pad(linear(projection, rows), (0, 0, first, after))
+            return x.unflatten(-1, heads).transpose(0, 1)
 
         key, query = _projections(attn)
         return table(key), table(query)

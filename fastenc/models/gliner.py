@@ -24,6 +24,7 @@ from fastenc.models._gliner_heads import (
     Hits,
     Scorer,
     SpanRepLayer,
+    projected,
     projection,
     span_hits,
     span_logits,
@@ -152,7 +153,7 @@ class GLiNER(EntityApi, nn.Module):
         words, prompts = self._represent(batch, labels_embeds)
         if self.config.token_level:
             return token_logits(self.scorer, words, prompts, seed)
-        prompts = self.prompt_rep_layer(prompts)
+        prompts = projected(self.prompt_rep_layer, prompts)
         layer = self.span_rep_layer.span_rep_layer
         return span_logits(layer, words, prompts, self.config.max_width, seed)
 
@@ -178,7 +179,7 @@ class GLiNER(EntityApi, nn.Module):
         words, prompts = self._represent(batch, labels_embeds)
         mask = batch.label_mask if len(set(batch.num_labels)) > 1 else label_mask
         layer = self.span_rep_layer.span_rep_layer
-        prompts = self.prompt_rep_layer(prompts)
+        prompts = projected(self.prompt_rep_layer, prompts)
         return span_hits(layer, words, prompts, self.config.max_width, threshold, mask)
 
     def embed_labels(self, tokens: VarlenBatch) -> Tensor:

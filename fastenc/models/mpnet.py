@@ -22,6 +22,7 @@ from fastenc.models._base import Holes, PackedInputs
 from fastenc.models._post_norm import add_norm, embed, through, widen
 from fastenc.models.bert import PackedBert, default_positions
 from fastenc.nn import VarlenBatch
+from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import linear
 from fastenc.ops import add_layer_norm, varlen_attention
 
@@ -57,7 +58,7 @@ def _layer(layer: nn.Module, x: Tensor, rel_bias: Tensor, batch: VarlenBatch) ->
     mixed = varlen_attention(
         q, k, v, batch.cu_seqlens, batch.max_seqlen, dropout_p=dropout_p, rel_bias=rel_bias
     )
-    branch = outer.dropout(linear(attn.o, mixed.flatten(1)))
+    branch = dropout(outer.dropout, linear(attn.o, mixed.flatten(1)))
     norm = outer.LayerNorm
     x = add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps)[0]
     return add_norm(layer.output, widen(layer.intermediate, x), x)

@@ -20,9 +20,9 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastenc.nn._modules import is_unhooked
 from fastenc.ops import _library
 from fastenc.ops import linear as _op  # noqa: F401  defines the op
 from fastenc.ops._registry import chosen_backend, note_fallback, unavailable
@@ -77,15 +77,7 @@ def gated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
 
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether calling the layer is its product and nothing else."""
-    return (
-        type(layer.weight) is nn.Parameter
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-        and not torch_modules._has_any_global_hook()
-    )
+    return type(layer.weight) is nn.Parameter and is_unhooked(layer)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,6 +34,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
+def keep_elements(count: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """(count,) bool: what dropout keeps of a tensor's elements, by their index i alone.
+
+    Counter ``(16 (i >> 6) + (i & 15), 0, 0, 3)``, its first in two halves; word ``i >> 4 & 3``.
+    """
+    i = torch.arange((count + 63) // 64 * 16, device=seed.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    words = torch.stack(philox((i & _MASK, i >> 32, zero, zero + 3), int(seed)))
+    return words.view(4, -1, 16).transpose(0, 1).flatten()[:count] >= int(dropout_p * 2**32)
+
+
 def keep_mask(rows: Tensor, num_keys: int, heads: int, dropout_p: float, seed: Tensor) -> Tensor:
     """(heads, rows, num_keys) bool: what dropout keeps. ``rows``: packed row indices."""
     device = rows.device

@@ -1,0 +1,45 @@
+"""Dropout in training on a CPU, without torch's serial generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastenc.nn._modules import is_unhooked
+from fastenc.ops import dropout as _op  # noqa: F401  defines the op
+from fastenc.ops._registry import KERNEL_DTYPES, chosen_backend, unavailable
+from fastenc.ops.varlen_attention import check_dropout
+
+
+def dropout(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``; a plain ``nn.Dropout`` in training on a CPU by a mask of fastenc's own.
+
+    Other numbers than torch's from the same state of its generator, which is drawn from once.
+
+    Args:
+        module: any module; what is not exactly an ``nn.Dropout`` or has hooks is called.
+        x: of any shape.
+    """
+    if (
+        torch.compiler.is_compiling()  # before what it cannot trace
+        or type(module) is not nn.Dropout
+        or not module.training
+        or not 0.0 < module.p < 1.0
+        or module.inplace
+        or not is_unhooked(module)
+        or not _is_served(x)
+    ):
+        return module(x)
+    return torch.ops.fastenc.dropout_fwd(x, module.p, check_dropout(module.p, None, x))
+
+
+def _is_served(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in KERNEL_DTYPES
+        and chosen_backend() in (None, "cpu")
+        and unavailable("dropout", "cpu") is None
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
