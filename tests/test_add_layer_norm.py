@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import fastenc
 from fastenc import testing
-from fastenc.ops.add_layer_norm import add_layer_norm_ref
+from fastenc.ops.add_layer_norm import add_layer_norm_inplace, add_layer_norm_ref
 
 
 @op_tests.parity_params("add_layer_norm")
@@ -117,3 +117,60 @@ def _misuse():
 def test_misuse(name, args, error, words):
     with pytest.raises(error, match=words):
         fastenc.add_layer_norm(*args)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 37), (3, 4, 768)])
+def test_in_place(shape, dtype):
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1])
+    expected = fastenc.add_layer_norm(x, residual, weight, bias)
+    with torch.no_grad():
+        for backend in ("reference", "cpu"):
+            op = getattr(torch.ops, f"fastenc_{backend}").add_layer_norm_inplace_fwd
+            mine = x.clone(), residual.clone()
+            op(*mine, weight, bias, 1e-5)
+            if backend == "cpu":
+                assert all(map(torch.equal, mine, expected))
+            else:
+                torch.testing.assert_close(mine, expected)
+        mine = x.clone(), residual.clone()
+        found = add_layer_norm_inplace(*mine, weight, bias)
+    assert found[0] is mine[0] and found[1] is mine[1]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_in_place_only_where_that_can_be():
+    weight = torch.randn(8, requires_grad=True)
+
+    def taken(x, residual) -> bool:
+        before = x.clone(), residual.clone()
+        expected = fastenc.add_layer_norm(x, residual, weight)
+        found = add_layer_norm_inplace(x, residual, weight)
+        assert all(map(torch.equal, found, expected))
+        whole = found[0] is x and found[1] is residual
+        assert whole or (torch.equal(x, before[0]) and torch.equal(residual, before[1]))
+        return whole
+
+    x = torch.randn(3, 8)
+    assert not taken(x.clone(), x.clone())
+    with torch.no_grad():
+        assert taken(x.clone(), x.clone())
+        assert not taken(x.double(), x.double())
+        assert not taken(x.bfloat16(), x.clone())
+        assert not taken(
+            torch.randn(8, 3).t().clone(memory_format=torch.preserve_format), x.clone()
+        )
+        with fastenc.use_backend("reference"):
+            assert not taken(x.clone(), x.clone())
+
+
+def test_in_place_misuse():
+    op = torch.ops.fastenc.add_layer_norm_inplace_fwd
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with pytest.raises(RuntimeError, match="residual: expected"):
+        op(x, x.bfloat16(), weight, None, 1e-5)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        op(torch.randn(8, 3).t(), x, weight, None, 1e-5)
+    with pytest.raises(RuntimeError, match="weight: expected"):
+        op(x, x.clone(), torch.ones(7), None, 1e-5)

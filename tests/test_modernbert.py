@@ -77,6 +77,62 @@ def test_configurations(name):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "biases", "relu", "one layer", "local first"])
+def test_without_gradients_sums_are_made_in_place(name, dtype):
+    """Two calls, one of which returns the states: to the bit what comes with gradients."""
+    ours = at(pair(**CONFIGS[name])[0], dtype)
+    ids, mask = padded((23, 7, 1), 23, 99)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = ours(**inputs, output_hidden_states=True)
+    with torch.no_grad(), fastenc.record() as ran:
+        actual = ours(**inputs).last_hidden_state
+        states = ours(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(actual, expected.last_hidden_state)
+    assert all(map(torch.equal, states, expected.hidden_states))
+    layers = ours.config.num_hidden_layers
+    assert ran.calls["add_layer_norm_inplace"]["cpu"] == (2 * layers - 1) + 1
+
+
+class Keeping(torch.nn.Linear):
+    """An adapter that keeps what it returned."""
+
+    kept = None
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        self.copy = self.kept.clone()
+        return self.kept
+
+
+@pytest.mark.parametrize("path", ["layers.1.mlp.Wo", "layers.0.mlp.Wo", "layers.1.attn.Wo"])
+def test_what_an_adapter_keeps_is_not_overwritten(path):
+    ours, _ = pair()
+    ids, mask = padded((23, 7, 1), 23, 99)
+    ours.get_submodule(path).__class__ = Keeping
+    with torch.no_grad(), fastenc.record() as ran:
+        ours(input_ids=ids, attention_mask=mask)
+    assert not ran.fallbacks and "add_layer_norm" in ran.calls
+    assert torch.equal(ours.get_submodule(path).kept, ours.get_submodule(path).copy)
+
+
+def test_what_a_hook_on_every_module_keeps_is_not_overwritten():
+    ours, _ = pair()
+    ids, mask = padded((23, 7, 1), 23, 99)
+    kept = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: (
+            kept.append((output, output.clone())) if isinstance(output, torch.Tensor) else None
+        )
+    )
+    try:
+        with torch.no_grad():
+            ours(input_ids=ids, attention_mask=mask)
+    finally:
+        hook.remove()
+    assert len(kept) > 9 and all(torch.equal(*pair) for pair in kept)
+
+
 @pytest.mark.parametrize("side", ["right", "left", "mixed", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_padding(side, dtype):

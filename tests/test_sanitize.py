@@ -70,7 +70,8 @@ def test_it_says_why_it_cannot_run(monkeypatch):
 
 def test_every_op_of_the_library_is_called():
     made = sanitize.call_all("reference", "cpu", each=1)
-    assert set(made) == set(fastenc.backends()) - {"dropout", "linear", "linear_geglu"}
+    on_cpus_alone = {"add_layer_norm_inplace", "dropout", "linear", "linear_geglu"}
+    assert set(made) == set(fastenc.backends()) - on_cpus_alone
     assert set(made.values()) == {len(sanitize.testing.DTYPES)}
 
 

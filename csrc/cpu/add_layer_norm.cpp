@@ -168,16 +168,12 @@ std::vector<float> widened(const Tensor& parameter_in) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in,
-                                                              std::optional<Tensor> residual_in,
-                                                              const Tensor& weight,
-                                                              std::optional<Tensor> bias,
-                                                              double eps) {
-  FASTENC_COUNT_LAUNCH("add_layer_norm");
-  const Tensor x = dense(x_in);
+// normed, total, mean and rstd of dense x and residual; normed may be x, and total the residual.
+void run_forward(const Tensor& x, const std::optional<Tensor>& residual_in, const Tensor& weight,
+                 const std::optional<Tensor>& bias, double eps, Tensor& normed, Tensor& total,
+                 Tensor& mean, Tensor& rstd) {
   const bool has_residual = residual_in.has_value();
-  const Tensor residual = has_residual ? dense(*residual_in) : x;
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected (..., hidden >= 1)");
+  const Tensor& residual = has_residual ? *residual_in : x;
   const int64_t hidden = x.size(x.dim() - 1), rows = x.numel() / hidden;
   check_numel("residual", residual, x.numel());
   check_numel("weight", weight, hidden);
@@ -186,13 +182,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in
   if (bias) {
     check_numel("bias", *bias, hidden);
   }
-  const ScalarType dtype = promoted(x.scalar_type(), residual.scalar_type());
-  const std::vector<int64_t> stats_shape(x.sizes().begin(), x.sizes().end() - 1);
-  Tensor normed = torch::stable::new_empty(x, x.sizes(), dtype);
-  Tensor total = has_residual ? torch::stable::new_empty(x, x.sizes(), dtype)
-                              : torch::stable::new_empty(x, {0}, dtype);
-  Tensor mean = torch::stable::new_empty(x, stats_shape, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, stats_shape, ScalarType::Float);
   dispatch_dtype("x", x.scalar_type(), [&](auto x_tag) {
     using X = typename decltype(x_tag)::type;
     dispatch_dtype("residual", residual.scalar_type(), [&](auto r_tag) {
@@ -208,7 +197,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in
       });
     });
   });
+}
+
+void check_hidden(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected (..., hidden >= 1)");
+}
+
+Tensor new_stats(const Tensor& x) {
+  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - 1);
+  return torch::stable::new_empty(x, shape, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in,
+                                                              std::optional<Tensor> residual,
+                                                              const Tensor& weight,
+                                                              std::optional<Tensor> bias,
+                                                              double eps) {
+  FASTENC_COUNT_LAUNCH("add_layer_norm");
+  const Tensor x = dense(x_in);
+  check_hidden(x);
+  ScalarType dtype = x.scalar_type();
+  if (residual) {
+    residual = dense(*residual);
+    dtype = promoted(dtype, residual->scalar_type());
+  }
+  Tensor normed = torch::stable::new_empty(x, x.sizes(), dtype);
+  Tensor total = residual ? torch::stable::new_empty(x, x.sizes(), dtype)
+                          : torch::stable::new_empty(x, {0}, dtype);
+  Tensor mean = new_stats(x), rstd = new_stats(x);
+  run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd);
   return {normed, total, mean, rstd};
+}
+
+// A row is read whole before it is written.
+void add_layer_norm_inplace_fwd(Tensor x, Tensor residual, const Tensor& weight,
+                                std::optional<Tensor> bias, double eps) {
+  FASTENC_COUNT_LAUNCH("add_layer_norm_inplace");
+  check_hidden(x);
+  check_dtype("residual", residual, x.scalar_type());
+  STD_TORCH_CHECK(x.is_contiguous() && residual.is_contiguous(),
+                  "x, residual: expected contiguous tensors");
+  Tensor mean = new_stats(x), rstd = new_stats(x);
+  run_forward(x, residual, weight, bias, eps, x, residual, mean, rstd);
 }
 
 // sums[c][i] over c into out, in order.
@@ -276,11 +306,13 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& grad_normed_
 STABLE_TORCH_LIBRARY_IMPL(fastenc_cpu, CPU, m) {
   m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
   m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+  m.impl("add_layer_norm_inplace_fwd", TORCH_BOX(&add_layer_norm_inplace_fwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastenc, CPU, m) {
   m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
   m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+  m.impl("add_layer_norm_inplace_fwd", TORCH_BOX(&add_layer_norm_inplace_fwd));
 }
 
 }  // namespace fastenc::cpu

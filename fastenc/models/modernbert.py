@@ -25,7 +25,8 @@ from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpo
 from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
-from fastenc.nn.linear import gated, linear
+from fastenc.nn._modules import is_unhooked
+from fastenc.nn.linear import PrepackedLinear, gated, linear
 from fastenc.ops import (
     _checks,
     add_layer_norm,
@@ -34,6 +35,7 @@ from fastenc.ops import (
     varlen_attention,
 )
 from fastenc.ops._registry import note_fallback
+from fastenc.ops.add_layer_norm import add_layer_norm_inplace
 
 _GEGLU = {
     "GELUActivation": "gelu",
@@ -62,6 +64,7 @@ def modernbert_packed(
     x = module.embeddings(input_ids=batch.input_ids, inputs_embeds=inputs.inputs_embeds)
     rotate = _Rotations(module.rotary_emb, inputs, x)
     branch: Tensor | None = None
+    unhooked = _are_unhooked(module.layers)
     for layer in module.layers:
         turn = rotate.of(layer.attention_type)
         if states is not None:
@@ -71,17 +74,27 @@ def modernbert_packed(
             run = _whole_layer(layer, batch, turn)
             x, branch = layer._gradient_checkpointing_func(run, _sum(x, branch)), None
         else:
-            x, branch = _layer(layer, x, branch, batch, turn)
-    return _norm(module.final_norm, x, branch)[0]
+            x, branch = _layer(layer, x, branch, batch, turn, unhooked)
+    return _norm(module.final_norm, x, branch, unhooked and branch is not None)[0]
 
 
 def _layer(
-    layer: nn.Module, x: Tensor, branch: Tensor | None, batch: VarlenBatch, turn: _Turn
+    layer: nn.Module,
+    x: Tensor,
+    branch: Tensor | None,
+    batch: VarlenBatch,
+    turn: _Turn,
+    unhooked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One layer on the residual stream ``x`` and what is still to be added to it."""
-    normed, x = _norm(layer.attn_norm, x, branch)
+    """One layer on the residual stream ``x`` and what is still to be added to it.
+
+    ``unhooked``: nobody can have kept a branch; nor ``x``, which is then a sum of the layer before.
+    """
+    ours = unhooked and branch is not None
+    normed, x = _norm(layer.attn_norm, x, branch, ours)
     branch = _attention(layer.attn, normed, batch, turn)
-    normed, x = _norm(layer.mlp_norm, x, branch)
+    del normed
+    normed, x = _norm(layer.mlp_norm, x, branch, ours)
     return x, _mlp(layer.mlp, normed)
 
 
@@ -110,13 +123,34 @@ def _sum(x: Tensor, branch: Tensor | None) -> Tensor:
     return x if branch is None else x + branch
 
 
-def _norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``x + branch`` normed, and the sum itself; layer 0 has no attention norm."""
+def _norm(
+    norm: nn.Module, x: Tensor, branch: Tensor | None, ours: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``x + branch`` normed, and the sum itself; layer 0 has no attention norm.
+
+    ``ours``: nobody else holds ``x`` and ``branch``, whose memory may be taken.
+    """
     if branch is not None:
-        return add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps)
+        add_norm = add_layer_norm_inplace if ours else add_layer_norm
+        return add_norm(branch, x, norm.weight, norm.bias, norm.eps)
     if isinstance(norm, nn.Identity):
         return x, x
     return add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
+
+
+def _are_unhooked(layers: nn.ModuleList) -> bool:
+    """Whether no hook or adapter can keep what the layers' branches return; asked for where their
+    memory could be taken."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return all(
+        type(project) in (nn.Linear, PrepackedLinear)
+        and is_unhooked(project)
+        and type(layer.attn.out_drop) in (nn.Dropout, nn.Identity)
+        and is_unhooked(layer.attn.out_drop)
+        for layer in layers
+        for project in (layer.attn.Wo, layer.mlp.Wo)
+    )
 
 
 def _gate(mlp: nn.Module, x: Tensor) -> Tensor:

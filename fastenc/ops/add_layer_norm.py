@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastenc.ops import _checks
-from fastenc.ops._registry import OpSpec, define, select
+from fastenc.ops._registry import (
+    KERNEL_DTYPES,
+    OpSpec,
+    chosen_backend,
+    define,
+    select,
+    unavailable,
+)
 from fastenc.ops._rules import layer_norm_precision, wide
 
 
@@ -111,6 +118,49 @@ define(
         autocast=layer_norm_precision,
     )
 )
+
+
+def _inplace_ref(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float):
+    normed, total, *_ = _forward_ref(x, residual, weight, bias, eps)
+    x.copy_(normed)
+    residual.copy_(total)
+
+
+define(
+    OpSpec(
+        name="add_layer_norm_inplace",
+        forward="(Tensor(a!) x, Tensor(b!) residual, Tensor weight, Tensor? bias, float eps) -> ()",
+        forward_fake=lambda x, residual, weight, bias, eps: None,
+        forward_ref=_inplace_ref,
+    )
+)
+
+
+def add_layer_norm_inplace(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_layer_norm` into the memory of ``x`` and ``residual``, where that can be.
+
+    For tensors that nobody else reads: on a CPU, without gradients, of one dtype, contiguous, they
+    become what is returned; else they stay and new ones are made.
+
+    Args, returns, raises: as :func:`add_layer_norm`; residual is not None.
+    """
+    if (
+        torch.compiler.is_compiling()  # before what it cannot trace
+        or torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or x.dtype not in KERNEL_DTYPES
+        or x.dtype != residual.dtype
+        or x.shape != residual.shape
+        or not (x.is_contiguous() and residual.is_contiguous())
+        or chosen_backend() not in (None, "cpu")
+        or unavailable("add_layer_norm_inplace", "cpu") is not None
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return add_layer_norm(x, residual, weight, bias, eps)
+    torch.ops.fastenc.add_layer_norm_inplace_fwd(x, residual, weight, bias, eps)
+    return x, residual
 
 
 def add_layer_norm(
