@@ -62,7 +62,7 @@ def _gradient(qkv, cotangent, *args, **options):
     return torch.autograd.grad(_attend(leaf, *args, **options), leaf, cotangent)[0]
 
 
-LENGTHS = (65, 0, 129, 1, 400, 33)
+LENGTHS = (65, 0, 129, 1, 600, 33)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
