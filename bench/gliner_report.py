@@ -1,6 +1,7 @@
-"""``python -m bench.gliner_report``: GLiNER's figures put into the README between the gliner marks.
+"""``python -m bench.gliner_report``: GLiNER's figures put into the README between their marks.
 
-They are those of the newest bench/results/<machine>/gliner-<date>.json: ``python -m bench.gliner``.
+They are those of the newest bench/results/<machine>/gliner-<date>.json: ``python -m bench.gliner``;
+and of bench/results/accuracy/gliner.json: ``python -m bench.accuracy_gliner``.
 """
 
 from __future__ import annotations
@@ -9,10 +10,16 @@ import json
 import re
 from typing import Any
 
-from bench import measure
+from bench import accuracy, measure
 from bench.report import DOCS, heading, markdown_table
 
 MARKS = re.compile(r"(<!-- gliner:[^>]*-->\n).*?(<!-- /gliner -->)", re.DOTALL)
+ACCURACY = re.compile(r"(<!-- gliner-accuracy:[^>]*-->\n).*?(<!-- /gliner-accuracy -->)", re.DOTALL)
+SETS = {
+    "templates": "unseen sentences, types under a name of training",
+    "renamed": "unseen sentences, types under an unseen name",
+    "unseen": "unseen sentences, types and values",
+}
 PEERS = {
     "gliner int8": "gliner int8", "gliner ONNX": "gliner ONNX",
     "folded, plain PyTorch": "folded head in plain PyTorch",
@@ -48,6 +55,24 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms"
 
 
+def accuracy_section(results: dict[str, Any]) -> str:
+    """F1 of both trainers on each set, and what it took."""
+    f1, runs = results["f1"], results["runs"]
+    lines = [
+        [SETS[name], f"{f1['fastenc'][name]:.3f}", f"{f1['gliner'][name]:.3f}"] for name in SETS
+    ]
+    spent = [sum(run[who]["cpu_seconds"] for run in runs) / len(runs) for who in f1]
+    lines.append(["training, seconds of one core", *(f"{x:,.0f}" for x in spent)])
+    titles = {"fastenc": "`fastenc.train`", "gliner": "gliner's Trainer"}
+    head = ["micro F1, exact boundaries and type", *(titles[who] for who in f1)]
+    seeds = "one seed" if len(runs) == 1 else f"mean of {len(runs)} seeds"
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{markdown_table(head, lines)}\n\n{results['steps']:,} steps of {results['batch']} texts, "
+        f"{seeds}; {results['machine']}; {results['date']}; {versions}."
+    )
+
+
 def main() -> None:
     found = [json.loads(path.read_text()) for path in measure.RESULTS.glob("*/gliner-*.json")]
     if not found:
@@ -60,6 +85,10 @@ def main() -> None:
     )
     if count != 1:
         raise SystemExit(f"README.md: expected one pair of gliner marks, found {count}")
+    judged = json.loads((accuracy.RESULTS / "gliner.json").read_text(encoding="utf-8"))
+    text, count = ACCURACY.subn(lambda m: f"{m[1]}\n{accuracy_section(judged)}\n\n{m[2]}", text)
+    if count != 1:
+        raise SystemExit(f"README.md: expected one pair of gliner-accuracy marks, found {count}")
     readme.write_text(text, encoding="utf-8")
 
 
