@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastenc.nn._modules import is_unhooked
-from fastenc.ops import dropout as _op  # noqa: F401  defines the op
 from fastenc.ops._registry import KERNEL_DTYPES, chosen_backend, unavailable
 from fastenc.ops.varlen_attention import check_dropout
 

@@ -24,7 +24,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastenc.nn._modules import is_unhooked
 from fastenc.ops import _library
-from fastenc.ops import linear as _op  # noqa: F401  defines the op
 from fastenc.ops._registry import chosen_backend, note_fallback, unavailable
 from fastenc.ops.geglu import geglu
 

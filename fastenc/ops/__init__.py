@@ -1,5 +1,7 @@
 """fastenc's ops: hand-written kernels as ``torch.ops.fastenc.*``, one file an op."""
 
+from fastenc.ops import dropout as _dropout  # noqa: F401  ops that only fastenc.nn calls: defined
+from fastenc.ops import linear as _linear  # noqa: F401  with the others, so that backends() has them
 from fastenc.ops._registry import backends, debug_checks, record, use_backend
 from fastenc.ops.add_layer_norm import add_layer_norm
 from fastenc.ops.disentangled_attention import disentangled_attention
