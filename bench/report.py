@@ -58,10 +58,11 @@ def ratio_table(results: dict) -> str:
             [
                 row["name"], f"{row['fraction_of_floor']:.2f}",
                 f"{row['ahead_of_best_peer']:.2f}x ({row['best_peer']})",
-                f"{row['ahead_of_sdpa']:.2f}x", shares,
+                f"{row['ahead_of_sdpa']:.2f}x", shares, row.get("commit", "–"),
             ]
         )  # fmt: skip
-    head = ["row", "floor / measured", "best peer / fastenc", "sdpa / fastenc", "where time goes"]
+    head = ["row", "floor / measured", "best peer / fastenc", "sdpa / fastenc", "where time goes",
+            "commit"]  # fmt: skip
     return markdown_table(head, rows)
 
 

@@ -75,7 +75,7 @@ def main(
     part: Annotated[list[str] | None, typer.Option(help="rows, training, memory, ops")] = None,
     rounds: Annotated[int, typer.Option(help="of each row, in place of its own number")] = 0,
 ) -> None:
-    """Rows and parts that are not asked for stay as an earlier run of the same day left them."""
+    """Rows and parts that are not asked for stay as an earlier run left them, with its commit."""
     results = {**measure.stamp()}
     if quick:
         results["modernbert"] = models.run(models.TOY_ROWS, layers=2, vocab_size=1000)
@@ -92,7 +92,8 @@ def main(
     rows = [r for r in models.ROWS if not row or r.name in row]
     rows = [dataclasses.replace(r, rounds=rounds or r.rounds) for r in rows]
     path = measure.RESULTS / results["machine"]["name"] / f"{results['date']}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    earlier = sorted(path.parent.glob("20*.json"))  # the newest, of this day or another
+    before = json.loads(earlier[-1].read_text()) if earlier else {}
 
     def keep(model: dict) -> None:
         both = {**before, **results}
@@ -102,7 +103,7 @@ def main(
     if set(parts) & {"rows", "training", "memory"}:
         models.run(rows, parts=parts, keep=keep)
     if "ops" in parts:
-        both = json.loads(path.read_text()) if path.exists() else {**results}
+        both = json.loads(path.read_text()) if path.exists() else {**before, **results}
         measure.write_json(path, {**both, "ops": op_figures(False)})
     report.write_docs()
     print(path)
