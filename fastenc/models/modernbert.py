@@ -64,7 +64,7 @@ def modernbert_packed(
     x = module.embeddings(input_ids=batch.input_ids, inputs_embeds=inputs.inputs_embeds)
     rotate = _Rotations(module.rotary_emb, inputs, x)
     branch: Tensor | None = None
-    unhooked = _are_unhooked(module.layers)
+    unhooked = x.device.type == "cpu" and _are_unhooked(module.layers)
     for layer in module.layers:
         turn = rotate.of(layer.attention_type)
         if states is not None:
@@ -75,7 +75,7 @@ def modernbert_packed(
             x, branch = layer._gradient_checkpointing_func(run, _sum(x, branch)), None
         else:
             x, branch = _layer(layer, x, branch, batch, turn, unhooked)
-    return _norm(module.final_norm, x, branch, unhooked and branch is not None)[0]
+    return _norm(module.final_norm, x, branch, unhooked)[0]
 
 
 def _layer(

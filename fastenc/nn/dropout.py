@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastenc.nn._modules import is_unhooked
-from fastenc.ops._registry import KERNEL_DTYPES, chosen_backend, unavailable
+from fastenc.ops._registry import KERNEL_DTYPES, runs_on_cpu, unavailable
 from fastenc.ops.varlen_attention import check_dropout
 
 
@@ -20,25 +20,14 @@ def dropout(module: nn.Module, x: Tensor) -> Tensor:
         x: of any shape.
     """
     if (
-        torch.compiler.is_compiling()  # before what it cannot trace
-        or type(module) is not nn.Dropout
+        type(module) is not nn.Dropout
         or not module.training
         or not 0.0 < module.p < 1.0
         or module.inplace
+        or x.dtype not in KERNEL_DTYPES
+        or not runs_on_cpu(x)
         or not is_unhooked(module)
-        or not _is_served(x)
+        or unavailable("dropout", "cpu") is not None
     ):
         return module(x)
     return torch.ops.fastenc.dropout_fwd(x, module.p, check_dropout(module.p, None, x))
-
-
-def _is_served(x: Tensor) -> bool:
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in KERNEL_DTYPES
-        and chosen_backend() in (None, "cpu")
-        and unavailable("dropout", "cpu") is None
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )

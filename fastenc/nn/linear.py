@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastenc.nn._modules import is_unhooked
 from fastenc.ops import _library
-from fastenc.ops._registry import chosen_backend, note_fallback, unavailable
+from fastenc.ops._registry import note_fallback, runs_on_cpu, unavailable
 from fastenc.ops.geglu import geglu
 
 _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
@@ -133,15 +133,12 @@ def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         prefers_own()
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and all(t.dtype == torch.float32 for t in tensors)
         and x.dim() > 0
         and x.numel() > 0
         and weight.dim() == 2
-        and chosen_backend() in (None, "cpu")
+        and runs_on_cpu(*tensors)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
     )
 
 

@@ -294,6 +294,21 @@ def _lazy(module: str, attribute: str) -> Callable:
 # ---- choice ------------------------------------------------------------------------------------
 
 
+def runs_on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether a call on ``tensors`` is a plain eager one that the C++ library may serve.
+
+    For ops that take the place of one of torch's: traced or transformed, that stays torch's.
+    """
+    return (
+        not torch.compiler.is_compiling()  # before what it cannot trace
+        and chosen_backend() in (None, "cpu")
+        and all(t.device.type == "cpu" for t in tensors)
+        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def unavailable(name: str, backend: str) -> str | None:
     """Why ``backend`` cannot serve op ``name`` in this process, or None where it can."""
     if backend == "reference":

@@ -15,8 +15,8 @@ from fastenc.ops import _checks
 from fastenc.ops._registry import (
     KERNEL_DTYPES,
     OpSpec,
-    chosen_backend,
     define,
+    runs_on_cpu,
     select,
     unavailable,
 )
@@ -147,16 +147,13 @@ def add_layer_norm_inplace(
     Args, returns, raises: as :func:`add_layer_norm`; residual is not None.
     """
     if (
-        torch.compiler.is_compiling()  # before what it cannot trace
-        or torch.is_grad_enabled()
-        or x.device.type != "cpu"
+        torch.is_grad_enabled()
         or x.dtype not in KERNEL_DTYPES
         or x.dtype != residual.dtype
         or x.shape != residual.shape
         or not (x.is_contiguous() and residual.is_contiguous())
-        or chosen_backend() not in (None, "cpu")
+        or not runs_on_cpu(x, residual)
         or unavailable("add_layer_norm_inplace", "cpu") is not None
-        or torch._C._are_functorch_transforms_active()
     ):
         return add_layer_norm(x, residual, weight, bias, eps)
     torch.ops.fastenc.add_layer_norm_inplace_fwd(x, residual, weight, bias, eps)
