@@ -52,6 +52,19 @@ FASTENC_INLINE ActivationAndSlope activate_with_slope(vf a) {
   }
 }
 
+// y = act(a) * gate, n elements each.
+template <Activation kActivation, typename T>
+FASTENC_INLINE void gate_row(const T* a, const T* gate, T* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(y + i, activate<kActivation>(load(a + i)) * load(gate + i));
+  }
+  if (i < n) {
+    const int lanes = static_cast<int>(n - i);
+    store_n(y + i, activate<kActivation>(load_n(a + i, lanes)) * load_n(gate + i, lanes), lanes);
+  }
+}
+
 }  // namespace fastenc::cpu::FASTENC_ISA
 
 #endif

@@ -8,10 +8,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../common/activation.h"
 #include "../common/checks.h"
 #include "../common/launch_counts.h"
 #include "../common/parallel.h"
-#include "activation.h"
 
 #define FASTENC_KERNEL_FILE "../cpu/geglu.cpp"
 #include "../common/foreach_isa.h"
@@ -25,16 +25,7 @@ template <typename T, Activation kActivation>
 void geglu_rows(const T* x, T* y, int64_t inner, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* a = x + row * 2 * inner;
-    const T* gate = a + inner;
-    T* out = y + row * inner;
-    int64_t i = 0;
-    for (; i + kLanes <= inner; i += kLanes) {
-      store(out + i, activate<kActivation>(load(a + i)) * load(gate + i));
-    }
-    if (i < inner) {
-      const int n = static_cast<int>(inner - i);
-      store_n(out + i, activate<kActivation>(load_n(a + i, n)) * load_n(gate + i, n), n);
-    }
+    gate_row<kActivation>(a, a + inner, y + row * inner, inner);
   }
 }
 

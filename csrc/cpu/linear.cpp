@@ -13,10 +13,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../common/activation.h"
 #include "../common/checks.h"
 #include "../common/launch_counts.h"
 #include "../common/parallel.h"
-#include "activation.h"
 #include "linear_problem.h"
 #include "scratch.h"
 

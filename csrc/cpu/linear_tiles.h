@@ -352,18 +352,6 @@ inline void linear_panels(const LinearProblem& p, int64_t row_begin, int64_t row
 
 // ---- gated --------------------------------------------------------------------------------------
 
-template <Activation kActivation>
-FASTENC_INLINE void gate_row(const float* a, const float* gate, float* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store(y + i, activate<kActivation>(load(a + i)) * load(gate + i));
-  }
-  if (i < n) {
-    const int lanes = lanes_of(n - i);
-    store_n(y + i, activate<kActivation>(load_n(a + i, lanes)) * load_n(gate + i, lanes), lanes);
-  }
-}
-
 // y = act(x w_a^T) * (x w_gate^T), where w is both halves: a block of both products stays in L2.
 // Panels are of the columns of y; x of unit stride along k.
 template <Activation kActivation>

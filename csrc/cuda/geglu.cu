@@ -10,16 +10,14 @@
 // time that copying takes; backward 432 for 2560 bytes, where they can issue 550. So 85 to 92% of
 // copy forward, 90 to 95% backward; a shorter erf is the first thing to try. Has not run on a GPU.
 #include <string>
-#include <type_traits>
 
 #include <torch/csrc/stable/library.h>
 
+#include "../common/activation.h"
 #include "launch.cuh"
 
 namespace fastenc::cuda {
 namespace {
-
-enum class Activation { kGelu, kGeluTanh, kSilu };
 
 constexpr float kSqrtHalf = 0.707106781f;
 constexpr float kInvSqrt2Pi = 0.398942280f;
@@ -99,18 +97,6 @@ __global__ __launch_bounds__(FlatTiles::kThreads) void geglu_bwd_kernel(
 }
 
 // ---- choice and launch --------------------------------------------------------------------------
-
-template <typename F>
-void dispatch_activation(const std::string& name, F&& f) {
-  if (name == "gelu") {
-    f(std::integral_constant<Activation, Activation::kGelu>{});
-  } else if (name == "gelu_tanh") {
-    f(std::integral_constant<Activation, Activation::kGeluTanh>{});
-  } else {
-    STD_TORCH_CHECK(name == "silu", "activation: expected gelu, gelu_tanh or silu, got ", name);
-    f(std::integral_constant<Activation, Activation::kSilu>{});
-  }
-}
 
 FlatTiles choose(int64_t rows, int64_t inner, int width) {
   const int64_t columns = inner / width;

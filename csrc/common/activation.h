@@ -4,9 +4,9 @@
 #include <string>
 #include <type_traits>
 
-#include "../common/checks.h"
+#include "checks.h"
 
-namespace fastenc::cpu {
+namespace fastenc {
 
 enum class Activation { kGelu, kGeluTanh, kSilu };
 
@@ -23,4 +23,4 @@ void dispatch_activation(const std::string& name, F&& f) {
   }
 }
 
-}  // namespace fastenc::cpu
+}  // namespace fastenc
