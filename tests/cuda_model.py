@@ -21,18 +21,30 @@ i32, i64, u32, f32, pointer = (
 )  # fmt: skip
 
 
-def compile_model(name: str, folder: Path) -> ctypes.CDLL:
-    """``tests/cuda_emulator/<name>.cpp``, undefined behaviour and misalignment being errors."""
+def compile_shared(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
+    """A C++ source compiled by g++, undefined behaviour and misalignment being errors."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    out = folder / f"{name}.so"
+    out = folder / f"{source.stem}.so"
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-DFASTENC_EMULATE", "-shared", "-fPIC", "-w"]
-        + ["-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{ROOT}", f"-I{SOURCES}"]
-        + [str(SOURCES / f"{name}.cpp"), "-o", str(out)],
+        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT}", *flags]
+        + ["-fsanitize=undefined", "-fno-sanitize-recover=all", str(source), "-o", str(out)],
         check=True,
     )
     return ctypes.CDLL(str(out))
+
+
+def compile_model(name: str, folder: Path) -> ctypes.CDLL:
+    """``tests/cuda_emulator/<name>.cpp``."""
+    source = SOURCES / f"{name}.cpp"
+    return compile_shared(source, folder, "-DFASTENC_EMULATE", "-w", f"-I{SOURCES}")
+
+
+def compile_shim(text: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """A C++ text over the headers of csrc; a warning is an error."""
+    source = folder / "shim.cpp"
+    source.write_text(text)
+    return compile_shared(source, folder, "-Wall", "-Werror", *flags)
 
 
 class HeadRows(ctypes.Structure):

@@ -41,14 +41,15 @@ class Sass:
         return [body for body in bodies if "EXIT" not in body]
 
 
-def _setup():
+def setup_script():
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("fastenc_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
     found = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None:
@@ -64,11 +65,11 @@ def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
 
     Skips where nvcc or cuobjdump is missing. Objects are kept where test_cuda_library keeps them.
     """
-    build = _setup()
+    build = setup_script()
     nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
     if nvcc is None:
         pytest.skip(line)
-    tool, folder = _cuobjdump(), ROOT / "build" / "cuda_test"
+    tool, folder = cuobjdump(), ROOT / "build" / "cuda_test"
     folder.mkdir(parents=True, exist_ok=True)
     path = str(ROOT / "csrc" / "cuda" / source)
     flags = build.nvcc_flags(list(ARCHS))

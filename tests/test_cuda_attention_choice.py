@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_model
 import pytest
 
-ROOT = Path(__file__).parent.parent
 GENERAL, LOCAL, GLOBAL = 0, 1, 2
 
 SHIM = r"""
@@ -33,16 +30,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("choice")
-    (folder / "shim.cpp").write_text(SHIM)
-    subprocess.run(
-        ["g++", "-std=c++20", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{ROOT}"]
-        + [str(folder / "shim.cpp"), "-o", str(folder / "shim.so")],
-        check=True,
-    )
-    library = ctypes.CDLL(str(folder / "shim.so"))
+    library = cuda_model.compile_shim(SHIM, tmp_path_factory.mktemp("choice"))
     library.choose.argtypes = [ctypes.c_void_p, ctypes.c_double]
     library.reach.argtypes = library.choose_bwd.argtypes = [ctypes.c_void_p]
     return library

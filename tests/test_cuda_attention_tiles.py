@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_model
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent
 
 SHIM = r"""
 #include <initializer_list>
@@ -65,17 +61,7 @@ int64_t largest_bytes() {
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("attention_tiles")
-    (folder / "shim.cpp").write_text(SHIM)
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
-        + ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-        + [f"-I{ROOT}", str(folder / "shim.cpp"), "-o", str(folder / "shim.so")],
-        check=True,
-    )
-    library = ctypes.CDLL(str(folder / "shim.so"))
+    library = cuda_model.compile_shim(SHIM, tmp_path_factory.mktemp("attention_tiles"))
     i64, i32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
     for name, result, *arguments in (
         ("slots", i64, i64, i64, i32),

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_model
 import pytest
-
-ROOT = Path(__file__).parent.parent
 
 SHIM = r"""
 #include "csrc/common/disentangled_tiles.h"
@@ -57,17 +53,7 @@ ROWS = 64
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("disentangled_tiles")
-    (folder / "shim.cpp").write_text(SHIM)
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
-        + ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-        + [f"-I{ROOT}", str(folder / "shim.cpp"), "-o", str(folder / "shim.so")],
-        check=True,
-    )
-    return ctypes.CDLL(str(folder / "shim.so"))
+    return cuda_model.compile_shim(SHIM, tmp_path_factory.mktemp("disentangled_tiles"))
 
 
 def shape_of(lib, item: int, width: int) -> dict[str, int]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_model
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
 INT32_MAX = 2**31 - 1
 
 SHIM = r"""
@@ -127,17 +124,9 @@ int32_t peak(const float* x, int32_t count, int slices) {
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("row_tiles")
-    (folder / "shim.cpp").write_text(SHIM)
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-sign-compare", "-shared", "-fPIC"]
-        + ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-        + [f"-I{ROOT}", str(folder / "shim.cpp"), "-o", str(folder / "shim.so")],
-        check=True,
+    library = cuda_model.compile_shim(
+        SHIM, tmp_path_factory.mktemp("row_tiles"), "-Wno-sign-compare"
     )
-    library = ctypes.CDLL(str(folder / "shim.so"))
     i64, u64, u32, i32 = ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int
     pointer = ctypes.c_void_p
     for name, result, *arguments in (

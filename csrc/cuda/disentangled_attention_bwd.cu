@@ -1,9 +1,10 @@
 // Disentangled attention on NVIDIA GPUs, backward: check, launch. The device code is in
-// disentangled_bwd.cuh. Has not run on a GPU: tests/test_cuda_disentangled_model.py runs the same
-// sources on the CPU.
+// disentangled_bwd.cuh and disentangled_table.cuh. Has not run on a GPU:
+// tests/test_cuda_disentangled_model.py runs the same sources on the CPU.
 #include <tuple>
 
 #include "disentangled_bwd.cuh"
+#include "disentangled_table.cuh"
 #include "disentangled_problem.cuh"
 
 namespace fastenc::cuda {

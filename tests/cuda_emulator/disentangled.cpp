@@ -1,6 +1,7 @@
 // The disentangled attention kernels, for every dtype and padded width, behind one plain C function
 // each.
 #include "csrc/cuda/disentangled_bwd.cuh"
+#include "csrc/cuda/disentangled_table.cuh"
 #include "csrc/cuda/disentangled_fwd.cuh"
 
 using namespace fastenc;
