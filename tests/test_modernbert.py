@@ -13,6 +13,7 @@ from model_tests import at, check_model, padded, telling
 
 import fastenc
 from fastenc.nn import VarlenBatch
+from fastenc.nn._workspace import Workspace
 from fastenc.testing import assert_parity
 
 # as transformers' own tests: 7 tokens, head_dim 8, intermediate 37
@@ -79,12 +80,15 @@ def test_configurations(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["plain", "biases", "relu", "one layer", "local first"])
-def test_without_gradients_sums_are_made_in_place(name, dtype):
-    """Two calls, one of which returns the states: to the bit what comes with gradients."""
+def test_without_gradients_sums_are_made_in_place(name, dtype, monkeypatch):
+    """Two calls, one of which returns the states: to the bit what comes with gradients, whatever
+    lies in the memory that the layers share."""
     ours = at(pair(**CONFIGS[name])[0], dtype)
     ids, mask = padded((23, 7, 1), 23, 99)
     inputs = {"input_ids": ids, "attention_mask": mask}
     expected = ours(**inputs, output_hidden_states=True)
+    take = Workspace.take
+    monkeypatch.setattr(Workspace, "take", lambda *args: take(*args).fill_(float("nan")))
     with torch.no_grad(), fastenc.record() as ran:
         actual = ours(**inputs).last_hidden_state
         states = ours(**inputs, output_hidden_states=True).hidden_states
@@ -95,17 +99,23 @@ def test_without_gradients_sums_are_made_in_place(name, dtype):
 
 
 class Keeping(torch.nn.Linear):
-    """An adapter that keeps what it returned."""
+    """An adapter that keeps what it was given and what it returned."""
 
-    kept = None
+    kept = ()
 
     def forward(self, x):
-        self.kept = super().forward(x)
-        self.copy = self.kept.clone()
-        return self.kept
+        y = super().forward(x)
+        self.kept, self.copies = (x, y), (x.clone(), y.clone())
+        return y
 
 
-@pytest.mark.parametrize("path", ["layers.1.mlp.Wo", "layers.0.mlp.Wo", "layers.1.attn.Wo"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "layers.1.mlp.Wo", "layers.0.mlp.Wo", "layers.1.attn.Wo", "layers.0.attn.Wqkv",
+        "layers.1.attn.Wqkv", "layers.1.mlp.Wi",
+    ],
+)  # fmt: skip
 def test_what_an_adapter_keeps_is_not_overwritten(path):
     ours, _ = pair()
     ids, mask = padded((23, 7, 1), 23, 99)
@@ -113,7 +123,8 @@ def test_what_an_adapter_keeps_is_not_overwritten(path):
     with torch.no_grad(), fastenc.record() as ran:
         ours(input_ids=ids, attention_mask=mask)
     assert not ran.fallbacks and "add_layer_norm" in ran.calls
-    assert torch.equal(ours.get_submodule(path).kept, ours.get_submodule(path).copy)
+    adapter = ours.get_submodule(path)
+    assert len(adapter.kept) == 2 and all(map(torch.equal, adapter.kept, adapter.copies))
 
 
 def test_what_a_hook_on_every_module_keeps_is_not_overwritten():

@@ -229,7 +229,7 @@ inline OwnedProblem make_rope_problem(const Tensor& qkv, const Tensor& cos, cons
 struct AttentionForward {
   const AttentionProblem* problem;
   Rows out;
-  float* lse;  // (heads, total_tokens)
+  float* lse;  // (heads, total_tokens), or null
 };
 
 // A chunk of queries (forward) or keys (backward) of one sequence and head.

@@ -102,7 +102,13 @@ struct Operands {
     }
   }
 
-  LinearProblem problem(Tensor& y) const {
+  // `y`: (rows of x, columns), dense.
+  LinearProblem problem(Tensor& y, int64_t columns) const {
+    check_dim("y", y, 2);
+    check_dtype("y", y, ScalarType::Float);
+    STD_TORCH_CHECK(y.size(0) == x.size(0) && y.size(1) == columns && y.is_contiguous(),
+                    "y: expected contiguous (", x.size(0), ", ", columns, "), got (", y.size(0),
+                    ", ", y.size(1), ")");
     return {data<float>(x),
             x.stride(0),
             x.stride(1),
@@ -111,37 +117,33 @@ struct Operands {
             w.stride(1),
             bias ? data<float>(*bias) : nullptr,
             mutable_data<float>(y),
-            y.size(1),
+            columns,
             x.size(0),
             w.size(0),
             x.size(1)};
   }
 };
 
-Tensor linear_fwd(const Tensor& x, const Tensor& w, std::optional<Tensor> bias) {
+void linear_fwd(const Tensor& x, const Tensor& w, std::optional<Tensor> bias, Tensor y) {
   FASTENC_COUNT_LAUNCH("linear");
   const Operands operands(x, w, bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), w.size(0)});
-  run(operands.problem(y));
-  return y;
+  run(operands.problem(y, w.size(0)));
 }
 
-Tensor linear_geglu_fwd(const Tensor& x, const Tensor& w, std::optional<Tensor> bias,
-                        std::string activation) {
+void linear_geglu_fwd(const Tensor& x, const Tensor& w, std::optional<Tensor> bias,
+                      std::string activation, Tensor y) {
   FASTENC_COUNT_LAUNCH("linear_geglu");
   Operands operands(x, w, bias);
   STD_TORCH_CHECK(w.size(0) % 2 == 0, "weight: expected an even number of rows, got ", w.size(0));
   if (operands.x.stride(1) != 1) {
     operands.x = torch::stable::contiguous(operands.x);
   }
-  Tensor y = torch::stable::new_empty(x, {x.size(0), w.size(0) / 2});
-  const LinearProblem p = operands.problem(y);
+  const LinearProblem p = operands.problem(y, w.size(0) / 2);
   dispatch_activation(activation, [&](auto act) {
     if (y.numel() != 0) {
       run_panels(p, p.n / 2, FASTENC_FOR_ACTIVE_ISA(linear_geglu_panels<decltype(act)::value>));
     }
   });
-  return y;
 }
 
 }  // namespace

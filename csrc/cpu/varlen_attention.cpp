@@ -193,7 +193,7 @@ class ForwardChunk {
       const vf defined = select(is_nan(sum), sum, lse);
       const vf minus_infinity = set(-std::numeric_limits<float>::infinity());
       const int64_t token = begin + v * kLanes;
-      if (token < end) {
+      if (call_.lse != nullptr && token < end) {
         store_n(call_.lse + scope_.head * p_.total_tokens + scope_.start + token,
                 select(empty, minus_infinity, defined), lanes_left(end, token));
       }
@@ -243,13 +243,17 @@ namespace {
 // Queries in a task: a window of 128 makes 5/4 of them keys to pack, 320 KB at head_dim 64.
 constexpr int64_t kForwardChunk = 512;
 
+void run(const AttentionProblem& p, const Tensor& out, float* lse) {
+  const AttentionForward call{&p, rows_of("out", out), lse};
+  const std::vector<AttentionTask> tasks = make_tasks(p, kForwardChunk);
+  const auto kernel = FASTENC_FOR_ACTIVE_ISA(forward_task);
+  run_tasks(costs_of(p, tasks), [&](int64_t i) { kernel(call, tasks[i]); });
+}
+
 std::tuple<Tensor, Tensor> forward(const AttentionProblem& p, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {p.total_tokens, p.heads, p.head_dim});
   Tensor lse = torch::stable::new_empty(like, {p.heads, p.total_tokens}, ScalarType::Float);
-  const AttentionForward call{&p, rows_of("out", out), mutable_data<float>(lse)};
-  const std::vector<AttentionTask> tasks = make_tasks(p, kForwardChunk);
-  const auto run = FASTENC_FOR_ACTIVE_ISA(forward_task);
-  run_tasks(costs_of(p, tasks), [&](int64_t i) { run(call, tasks[i]); });
+  run(p, out, mutable_data<float>(lse));
   return {out, lse};
 }
 
@@ -276,9 +280,24 @@ std::tuple<Tensor, Tensor> rope_varlen_attention_fwd(Tensor qkv, Tensor cos, Ten
                  qkv);
 }
 
+void rope_varlen_attention_into_fwd(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens,
+                                    int64_t max_seqlen, int64_t window_left, int64_t window_right,
+                                    double scale, Tensor out) {
+  FASTENC_COUNT_LAUNCH("rope_varlen_attention");
+  const OwnedProblem p = make_rope_problem(
+      qkv, cos, sin, cu_seqlens, {max_seqlen, window_left, window_right, scale, 0.0, std::nullopt});
+  check_dtype("out", out, qkv.scalar_type());
+  STD_TORCH_CHECK(out.dim() == 3 && out.size(0) == p.total_tokens && out.size(1) == p.heads &&
+                      out.size(2) == p.head_dim && out.is_contiguous(),
+                  "out: expected contiguous (", p.total_tokens, ", ", p.heads, ", ", p.head_dim,
+                  ")");
+  run(p, out, nullptr);
+}
+
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("varlen_attention_fwd", TORCH_BOX(&varlen_attention_fwd));
   m.impl("rope_varlen_attention_fwd", TORCH_BOX(&rope_varlen_attention_fwd));
+  m.impl("rope_varlen_attention_into_fwd", TORCH_BOX(&rope_varlen_attention_into_fwd));
 }
 
 }  // namespace

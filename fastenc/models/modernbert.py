@@ -26,6 +26,7 @@ from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
 from fastenc.nn._modules import is_unhooked
+from fastenc.nn._workspace import Workspace
 from fastenc.nn.linear import PrepackedLinear, gated, linear
 from fastenc.ops import (
     _checks,
@@ -36,6 +37,7 @@ from fastenc.ops import (
 )
 from fastenc.ops._registry import note_fallback
 from fastenc.ops.add_layer_norm import add_layer_norm_inplace
+from fastenc.ops.rope_varlen_attention import rope_varlen_attention_into
 
 _GEGLU = {
     "GELUActivation": "gelu",
@@ -65,6 +67,7 @@ def modernbert_packed(
     rotate = _Rotations(module.rotary_emb, inputs, x)
     branch: Tensor | None = None
     unhooked = x.device.type == "cpu" and _are_unhooked(module.layers)
+    work = Workspace(x) if unhooked else None
     for layer in module.layers:
         turn = rotate.of(layer.attention_type)
         if states is not None:
@@ -74,7 +77,7 @@ def modernbert_packed(
             run = _whole_layer(layer, batch, turn)
             x, branch = layer._gradient_checkpointing_func(run, _sum(x, branch)), None
         else:
-            x, branch = _layer(layer, x, branch, batch, turn, unhooked)
+            x, branch = _layer(layer, x, branch, batch, turn, work)
     return _norm(module.final_norm, x, branch, unhooked)[0]
 
 
@@ -84,29 +87,42 @@ def _layer(
     branch: Tensor | None,
     batch: VarlenBatch,
     turn: _Turn,
-    unhooked: bool = False,
+    work: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One layer on the residual stream ``x`` and what is still to be added to it.
 
-    ``unhooked``: nobody can have kept a branch; nor ``x``, which is then a sum of the layer before.
+    ``work``: memory of the inner tensors, given where nobody can have kept one; nor ``x``, where it
+    is a sum of the layer before. The branch, the norm that takes its place, and the next branch
+    are one buffer; qkv and the gated rows another.
     """
-    ours = unhooked and branch is not None
+    ours = work is not None and branch is not None
     normed, x = _norm(layer.attn_norm, x, branch, ours)
-    branch = _attention(layer.attn, normed, batch, turn)
+    branch = _attention(layer.attn, normed, batch, turn, work)
     del normed
     normed, x = _norm(layer.mlp_norm, x, branch, ours)
-    return x, _mlp(layer.mlp, normed)
+    return x, _mlp(layer.mlp, normed, work)
 
 
-def _attention(attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn) -> Tensor:
-    qkv = linear(attn.Wqkv, x).unflatten(-1, (3, -1, attn.head_dim))
-    mixed = _attend(attn, qkv, batch, turn).flatten(1)
+def _attention(
+    attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn, work: Workspace | None
+) -> Tensor:
+    qkv = linear(attn.Wqkv, x, _buffer(work, "wide", x, attn.Wqkv))
+    qkv = qkv.unflatten(-1, (3, -1, attn.head_dim))
+    mixed = _attend(attn, qkv, batch, turn, work).flatten(1)
     del qkv  # three times the hidden states, of no use to the next product
-    return attn.out_drop(linear(attn.Wo, mixed))
+    return attn.out_drop(linear(attn.Wo, mixed, _buffer(work, "branch", mixed, attn.Wo)))
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    return linear(mlp.Wo, mlp.drop(_gate(mlp, x)))
+def _mlp(mlp: nn.Module, x: Tensor, work: Workspace | None) -> Tensor:
+    gated_rows = mlp.drop(_gate(mlp, x, work))
+    return linear(mlp.Wo, gated_rows, _buffer(work, "branch", gated_rows, mlp.Wo))
+
+
+def _buffer(
+    work: Workspace | None, name: str, x: Tensor, layer: nn.Module, halves: int = 1
+) -> Tensor | None:
+    """Where ``layer(x)`` goes, or one of its ``halves``."""
+    return None if work is None else work.take(name, len(x), layer.weight.shape[0] // halves)
 
 
 def _whole_layer(layer: nn.Module, batch: VarlenBatch, turn: _Turn):
@@ -139,24 +155,27 @@ def _norm(
 
 
 def _are_unhooked(layers: nn.ModuleList) -> bool:
-    """Whether no hook or adapter can keep what the layers' branches return; asked for where their
-    memory could be taken."""
+    """Whether no hook or adapter can keep what the layers' modules are given and return; asked for
+    where that memory could be taken."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return all(
-        type(project) in (nn.Linear, PrepackedLinear)
-        and is_unhooked(project)
-        and type(layer.attn.out_drop) in (nn.Dropout, nn.Identity)
-        and is_unhooked(layer.attn.out_drop)
+        type(module) in _KEEP_NOTHING and is_unhooked(module)
         for layer in layers
-        for project in (layer.attn.Wo, layer.mlp.Wo)
-    )
+        for module in (
+            layer.attn.Wqkv, layer.attn.Wo, layer.attn.out_drop,
+            layer.mlp.Wi, layer.mlp.drop, layer.mlp.Wo,
+        )
+    )  # fmt: skip
 
 
-def _gate(mlp: nn.Module, x: Tensor) -> Tensor:
+_KEEP_NOTHING = frozenset({nn.Linear, PrepackedLinear, nn.Dropout, nn.Identity})
+
+
+def _gate(mlp: nn.Module, x: Tensor, work: Workspace | None) -> Tensor:
     activation = _GEGLU.get(type(mlp.act).__name__)
     if activation is not None:
-        return gated(mlp.Wi, x, activation)
+        return gated(mlp.Wi, x, activation, _buffer(work, "wide", x, mlp.Wi, halves=2))
     note_fallback(f"ModernBERT: no gated kernel for {type(mlp.act).__name__}, plain PyTorch runs")
     a, gate = linear(mlp.Wi, x).chunk(2, dim=-1)
     return mlp.act(a) * gate
@@ -208,11 +227,16 @@ def _rope_positions(inputs: PackedInputs) -> Tensor | None:
     return inputs.position_ids
 
 
-def _attend(attn: nn.Module, qkv: Tensor, batch: VarlenBatch, turn: _Turn) -> Tensor:
+def _attend(
+    attn: nn.Module, qkv: Tensor, batch: VarlenBatch, turn: _Turn, work: Workspace | None
+) -> Tensor:
     """qkv (T, 3, heads, head_dim) -> (T, heads, head_dim)."""
     reach = -1 if attn.sliding_window is None else attn.sliding_window - 1
     dropout_p = attn.attention_dropout if attn.training else 0.0
     packed = (batch.cu_seqlens, batch.max_seqlen)
+    if turn.rows is None and work is not None and not dropout_p:
+        mixed = work.take("mixed", *qkv[:, 0].shape)
+        return rope_varlen_attention_into(mixed, qkv, turn.cos, turn.sin, *packed, (reach, reach))
     if turn.rows is None:
         return rope_varlen_attention(
             qkv, turn.cos, turn.sin, *packed, (reach, reach), dropout_p=dropout_p

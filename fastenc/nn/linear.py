@@ -32,23 +32,27 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
 )
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
+def linear(layer: nn.Module, x: Tensor, out: Tensor | None = None) -> Tensor:
     """``layer(x)``; a plain ``nn.Linear`` takes :func:`product`, with its gradients.
 
     Args:
         layer: any module; what is not exactly an ``nn.Linear``, has hooks or another ``forward``,
             is called.
         x: (..., in_features).
+        out: (rows, out_features), memory for the result, taken where that can be: see
+            :func:`product`.
 
     Returns:
         (..., out_features).
     """
-    if not torch.compiler.is_compiling() and type(layer) is nn.Linear and _is_plain(layer):
-        return product(x, layer.weight, layer.bias)
-    return layer(x)
+    if torch.compiler.is_compiling() or type(layer) not in _LINEAR or not _is_plain(layer):
+        return layer(x)
+    if type(layer) is PrepackedLinear:
+        return layer.forward(x, out)
+    return product(x, layer.weight, layer.bias, out)
 
 
-def gated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
+def gated(layer: nn.Module, x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     """``geglu(linear(layer, x), activation)``; without gradients, for more than a few rows of fp32
     on a CPU, in one kernel that never holds the product whole.
 
@@ -56,6 +60,7 @@ def gated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
         layer: any module from (..., in_features) to (..., 2 I), as for :func:`linear`.
         x: (..., in_features).
         activation: as for :func:`fastenc.geglu`.
+        out: (rows, I), memory for what the one kernel makes.
 
     Returns:
         (..., I).
@@ -63,13 +68,15 @@ def gated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
     if (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and type(layer) in (nn.Linear, PrepackedLinear)
+        and type(layer) in _LINEAR
         and _is_plain(layer)
         and x.numel() >= _MANY_ROWS * x.shape[-1]
         and _is_served(x, layer.weight, layer.bias)
     ):
         rows = x.reshape(-1, x.shape[-1])
-        y = torch.ops.fastenc.linear_geglu_fwd(rows, layer.weight, layer.bias, activation)
+        size = rows.shape[0], layer.weight.shape[0] // 2
+        y = out if _fits(out, *size) else rows.new_empty(size)
+        torch.ops.fastenc.linear_geglu_fwd(rows, layer.weight, layer.bias, activation, y)
         return y.view(*x.shape[:-1], -1)
     return geglu(linear(layer, x), activation)
 
@@ -79,13 +86,27 @@ def _is_plain(layer: nn.Linear) -> bool:
     return type(layer.weight) is nn.Parameter and is_unhooked(layer)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fits(out: Tensor | None, rows: int, columns: int) -> bool:
+    return (
+        out is not None
+        and out.shape == (rows, columns)
+        and out.dtype == torch.float32
+        and out.is_contiguous()
+        and runs_on_cpu(out)
+    )
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``F.linear(x, weight, bias)``, differentiable; fp32 on a CPU by fastenc's product.
 
     Args:
         x: (..., K).
         weight: (N, K), of any strides.
         bias: (N,).
+        out: (rows of x, N), contiguous fp32: memory for the result, taken without gradients
+            where fastenc's product runs.
 
     Returns:
         (..., N).
@@ -102,15 +123,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         y = _Product.apply(rows, weight, bias)
     else:
-        y = torch.ops.fastenc.linear_fwd(rows, weight, bias)
+        y = _run(rows, weight, bias, None if torch.is_grad_enabled() else out)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    size = x.shape[0], weight.shape[0]
+    y = out if _fits(out, *size) else x.new_empty(size)
+    torch.ops.fastenc.linear_fwd(x, weight, bias, y)
+    return y
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.fastenc.linear_fwd(x, weight, bias)
+        return _run(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -167,10 +195,11 @@ class PrepackedLinear(nn.Linear):
     With gradients, under autocast or compilation, or on another device it is as :func:`linear`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """As :func:`linear`; ``out`` is taken where :func:`product` runs."""
         packed = self._weight_for(x)
         if packed is None:
-            return product(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias, out)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
@@ -191,6 +220,9 @@ class PrepackedLinear(nn.Linear):
         if found is None or found[0] != key:
             found = _packed[self] = (key, _pack(w))
         return found[1]
+
+
+_LINEAR = (nn.Linear, PrepackedLinear)
 
 
 def _pack(weight: Tensor) -> Tensor | None:
