@@ -70,8 +70,8 @@ accuracy: $(VENV)/.test
 	$(PY) -m bench.accuracy_setfit
 	$(PY) -m bench.accuracy_gliner
 
-SANITIZED_OPS := $(addsuffix .py,$(addprefix tests/test_,add_layer_norm disentangled_attention geglu \
-	op_arguments rope segment_pool span_candidates span_pool span_score token_score varlen_attention))
+SANITIZED_OPS := $(addsuffix .py,$(addprefix tests/test_,add_layer_norm disentangled_attention dropout geglu \
+	matrix_product op_arguments rope segment_pool span_candidates span_pool span_score token_score varlen_attention))
 SANITIZERS = $(foreach l,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$(l)))
 ISAS = portable $(foreach i,avx2 avx512f,$(shell grep -qw $(i) /proc/cpuinfo && echo $(i:f=)))
 
