@@ -6,7 +6,8 @@ Exact is transformers (sdpa) in float64; plain is transformers at the tested dty
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -121,3 +122,26 @@ def check_gradients(
     allowed = 2 * max(errors(plain).values()) + eps
     for name, error in errors(actual).items():
         assert error <= allowed, f"gradient of {name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def far(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Distance over all parameters."""
+    squares = ((a[k].detach().double() - b[k].detach().double()).square().sum() for k in b)
+    return math.sqrt(sum(float(x) for x in squares))
+
+
+def check_trained(
+    actual: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+) -> None:
+    """The parity rule for the weights that training leaves.
+
+    An optimizer that divides by a gradient's size makes a whole step of a vanishing gradient's
+    rounding: what tells is the distance over all parameters, not a parameter's error.
+    """
+    moved, lost = far(before, exact), far(plain, exact)
+    assert lost < 0.2 * moved, "the comparison says nothing"
+    error, allowed = far(actual, exact), 2 * lost + 1e-5 * moved
+    assert error <= allowed, f"trained weights: error {error:.3e}, allowed {allowed:.3e}"
