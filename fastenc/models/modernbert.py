@@ -66,8 +66,8 @@ def modernbert_packed(
     x = module.embeddings(input_ids=batch.input_ids, inputs_embeds=inputs.inputs_embeds)
     rotate = _Rotations(module.rotary_emb, inputs, x)
     branch: Tensor | None = None
-    unhooked = x.device.type == "cpu" and _are_unhooked(module.layers)
-    work = Workspace(x) if unhooked else None
+    alone = x.device.type == "cpu" and states is None and _nobody_keeps(module)
+    work = Workspace(x) if alone else None
     for layer in module.layers:
         turn = rotate.of(layer.attention_type)
         if states is not None:
@@ -78,7 +78,7 @@ def modernbert_packed(
             x, branch = layer._gradient_checkpointing_func(run, _sum(x, branch)), None
         else:
             x, branch = _layer(layer, x, branch, batch, turn, work)
-    return _norm(module.final_norm, x, branch, unhooked)[0]
+    return _norm(module.final_norm, x, branch, alone)[0]
 
 
 def _layer(
@@ -91,11 +91,11 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     """One layer on the residual stream ``x`` and what is still to be added to it.
 
-    ``work``: memory of the inner tensors, given where nobody can have kept one; nor ``x``, where it
-    is a sum of the layer before. The branch, the norm that takes its place, and the next branch
-    are one buffer; qkv and the gated rows another.
+    ``work``: memory of the inner tensors, given where nobody can have kept one, nor ``x``. The
+    branch, the norm that takes its place, and the next branch are one buffer; qkv and the gated
+    rows another.
     """
-    ours = work is not None and branch is not None
+    ours = work is not None
     normed, x = _norm(layer.attn_norm, x, branch, ours)
     branch = _attention(layer.attn, normed, batch, turn, work)
     del normed
@@ -154,15 +154,18 @@ def _norm(
     return add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
 
 
-def _are_unhooked(layers: nn.ModuleList) -> bool:
-    """Whether no hook or adapter can keep what the layers' modules are given and return; asked for
-    where that memory could be taken."""
+def _nobody_keeps(module: nn.Module) -> bool:
+    """Whether no hook or adapter can keep what the embeddings return and the layers' modules are
+    given and return; asked for where that memory could be taken."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return all(
-        type(module) in _KEEP_NOTHING and is_unhooked(module)
-        for layer in layers
-        for module in (
+    embeddings = module.embeddings
+    makes_new = type(embeddings.norm) is nn.LayerNorm
+    ends = (embeddings, embeddings.norm, embeddings.drop)
+    return (makes_new and all(map(is_unhooked, ends))) and all(
+        type(part) in _KEEP_NOTHING and is_unhooked(part)
+        for layer in module.layers
+        for part in (
             layer.attn.Wqkv, layer.attn.Wo, layer.attn.out_drop,
             layer.mlp.Wi, layer.mlp.drop, layer.mlp.Wo,
         )
