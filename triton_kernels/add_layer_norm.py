@@ -1,6 +1,7 @@
 """Residual add and LayerNorm: the sum is rounded once to the promoted dtype and normed from there.
 
-Forward: a program owns BLOCK_R whole rows; mean and variance in two passes over registers, fp32.
+Rows of more than 4096 columns have kernels of their own (add_layer_norm_wide.py). For the others:
+forward: a program owns BLOCK_R whole rows; mean and variance in two passes over registers, fp32.
 Backward: ``programs`` programs walk the rows with a fixed stride, keep dweight and dbias in fp32
 registers and write one partial row each; a second kernel adds the partial rows in order, so the
 result does not depend on timing. Bytes an element, bf16: forward 8 with a residual (x, residual,
@@ -20,13 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastenc.triton_kernels import _common
+from fastenc.triton_kernels import add_layer_norm_wide as loops
 from fastenc.triton_kernels._common import Chip, cast
 
-MAX_HIDDEN = 65_536
+MAX_WHOLE = 4096  # wider rows, or dweight and dbias beside them, spill out of a program's registers
 
 
 @dataclass(frozen=True)
 class Launch:
+    """``block_c`` >= hidden: whole rows; else a row is walked in blocks."""
+
     block_r: int
     block_c: int
     num_warps: int
@@ -36,20 +40,22 @@ class Launch:
 def candidates(hidden: int, dtype: torch.dtype, chip: Chip) -> tuple[Launch, ...]:
     """Launches for rows of ``hidden`` columns, the default first.
 
-    A row lives in the registers of one program: 8 elements a thread up to 32 warps, so that a
-    thread's part of a bf16 row is one 16-byte access where the row is wide enough.
+    A row of up to MAX_WHOLE columns lives in the registers of one program: 8 elements a thread, so
+    that a thread's part of a bf16 row is one 16-byte access where the row is wide enough.
     """
     block_c = _common.power_of_2(hidden)
     if chip.backend == "cpu":
-        return (Launch(2, block_c, 4, 2),)
-    widest = 32 if chip.backend == "cuda" else 16
-    num_warps = min(max(block_c // 256, 4), widest)
+        return (Launch(2, block_c, 4, 2) if hidden <= 1024 else Launch(1, 256, 4, 2),)
+    if block_c > MAX_WHOLE:
+        programs = max(4 * chip.multiprocessors // triton.cdiv(hidden, 2048), 1)
+        return (Launch(1, 2048, 8, programs),)
+    num_warps = max(block_c // 256, 4)
     block_r = max(1024 // block_c, 1)
     waves = 4 if block_c <= 2048 else 2
     default = Launch(block_r, block_c, num_warps, waves * chip.multiprocessors)
     narrow = Launch(block_r, block_c, max(num_warps // 2, 1), waves * chip.multiprocessors)
     tall = Launch(2 * block_r, block_c, num_warps, waves * chip.multiprocessors)
-    return (default,) if block_c > 4096 else (default, narrow, tall)
+    return (default, narrow, tall) if block_c <= 2048 else (default, narrow)  # tall spills
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -146,19 +152,10 @@ def _reduce_kernel(
         tl.store(dbias_ptr + col, result, mask=col < hidden)
 
 
-def _check(hidden: int) -> None:
-    if hidden > MAX_HIDDEN:
-        raise NotImplementedError(
-            f"add_layer_norm: the Triton kernel holds a row of at most {MAX_HIDDEN} columns in "
-            f"registers, got hidden = {hidden}"
-        )
-
-
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, device = x.shape[-1], x.device
-    _check(hidden)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed = _common.empty(x.shape, dtype, device)
     total = _common.empty((0,) if residual is None else x.shape, dtype, device)
@@ -171,13 +168,19 @@ def add_layer_norm_fwd(
     bias = None if bias is None else _common.unit_rows(bias)
     chip = _common.chip_of(device)
 
+    rows = x.shape[0]
+    tensors = x, residual, weight, bias, normed, total, mean, rstd
+    scalars = hidden, x.stride(0), 0 if residual is None else residual.stride(0), eps
+    given = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": bias is not None}
+
     def run(choice: Launch) -> None:
+        constants = {**given, "BLOCK_C": choice.block_c, "num_warps": choice.num_warps}
+        if choice.block_c < hidden:
+            _common.launch(loops.wide_forward_kernel, (rows,), *tensors, *scalars, **constants)
+            return
         _common.launch(
-            _forward_kernel, (triton.cdiv(x.shape[0], choice.block_r),),
-            x, residual, weight, bias, normed, total, mean, rstd, x.shape[0], hidden,
-            x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
-            BLOCK_R=choice.block_r, BLOCK_C=choice.block_c, num_warps=choice.num_warps,
+            _forward_kernel, (triton.cdiv(rows, choice.block_r),), *tensors, rows, *scalars,
+            BLOCK_R=choice.block_r, **constants,
         )  # fmt: skip
 
     key = ("add_layer_norm_fwd", hidden, dtype, residual is not None, chip.name)
@@ -195,7 +198,6 @@ def add_layer_norm_bwd(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, device = total.shape[-1], total.device
-    _check(hidden)
     dx = _common.empty(total.shape, total.dtype, device)
     dweight = _common.empty(weight.shape, weight.dtype, device)
     dbias = _common.empty(weight.shape if has_bias else (0,), weight.dtype, device)
@@ -208,17 +210,29 @@ def add_layer_norm_bwd(
     rows = total.shape[0]
     chip = _common.chip_of(device)
 
+    tensors = grad_normed, grad_total, total, weight, mean, rstd, dx
+    more_stride = 0 if grad_total is None else grad_total.stride(0)
+    strides = grad_normed.stride(0), more_stride, total.stride(0)
+
     def run(choice: Launch) -> None:
         programs = min(choice.programs, triton.cdiv(rows, choice.block_r))
         partial = _common.empty((2, programs, hidden), torch.float32, device)
-        _common.launch(
-            _backward_kernel, (programs,),
-            grad_normed, grad_total, total, weight, mean, rstd, dx, partial,
-            rows, programs, hidden, grad_normed.stride(0),
-            0 if grad_total is None else grad_total.stride(0), total.stride(0),
-            HAS_GRAD_TOTAL=grad_total is not None, HAS_BIAS=has_bias,
-            BLOCK_R=choice.block_r, BLOCK_C=choice.block_c, num_warps=choice.num_warps,
-        )  # fmt: skip
+        constants = {"BLOCK_C": choice.block_c, "num_warps": choice.num_warps}
+        more = {"HAS_GRAD_TOTAL": grad_total is not None}
+        if choice.block_c < hidden:
+            _common.launch(
+                loops.wide_backward_kernel, (rows,), *tensors, hidden, *strides, **more, **constants
+            )
+            _common.launch(
+                loops.wide_weights_kernel, (triton.cdiv(hidden, choice.block_c), programs),
+                grad_normed, total, mean, rstd, partial, rows, programs, hidden,
+                grad_normed.stride(0), total.stride(0), HAS_BIAS=has_bias, **constants,
+            )  # fmt: skip
+        else:
+            _common.launch(
+                _backward_kernel, (programs,), *tensors, partial, rows, programs, hidden, *strides,
+                HAS_BIAS=has_bias, BLOCK_R=choice.block_r, **more, **constants,
+            )  # fmt: skip
         block_c = 32
         _common.launch(
             _reduce_kernel, (triton.cdiv(hidden, block_c), 1 + has_bias),

@@ -63,8 +63,9 @@ def _tall(need: Need, chip: Chip) -> bool:
 
 def _fp32(need: Need, chip: Chip) -> Launch:
     """The operands of an FMA product are in registers: 32 x 32 tiles spill."""
-    maxnreg = 255 if chip.backend == "cuda" else 0
-    return Launch(16, 16, 4 if need.head_dim <= 64 else 8, maxnreg=maxnreg)
+    if chip.backend == "hip":  # 8 warps are more threads than scores: Triton fails in tl.gather
+        return Launch(16, 16, 4)
+    return Launch(16, 16, 4 if need.head_dim <= 64 else 8, maxnreg=255)
 
 
 def forward(need: Need, chip: Chip) -> Launches:
@@ -100,7 +101,11 @@ def tables(need: Need, chip: Chip) -> Launch:
         return Launch(64, 64, 8)
     if chip.backend == "hip":
         return Launch(32, 32, 4)
-    return Launch(32, 32, 8) if need.head_dim <= 64 else Launch(16, 16, 4)
+    if need.head_dim <= 64:
+        return Launch(32, 32, 8)
+    if chip.arch < 90 or need.dropout:  # 32 x 32 tiles spill
+        return Launch(16, 16, 4)
+    return Launch(32, 32, 4)
 
 
 def chunks(heads: int, kinds: int, chip: Chip) -> int:

@@ -110,8 +110,8 @@ def backward(need: Need, chip: Chip) -> Launches:
         if chip.backend == "hip":  # 8 warps spill
             return (Launch(32, 32, 4, 1),)
         return (Launch(32, 32, 8, 2) if need.head_dim <= 128 else Launch(16, 16, 8, 2),)
-    if need.head_dim > 128:
-        return (Launch(64, 16, 8, 2),)
+    if need.head_dim > 128:  # 64 rows spill 8 bytes with a window, RoPE and dropout together
+        return (Launch(32 if need.limited and need.rope and need.dropout else 64, 16, 8, 2),)
     if chip.backend == "hip":
         one_stage = need.head_dim > 64 and need.extras
         return (Launch(64, 32, 4, 1 if one_stage else 2),)
@@ -181,7 +181,7 @@ def bias_gradient(need: Need, chip: Chip) -> Launch:
         return Launch(32, 32, 4)
     if need.fp32:  # 4 warps spill 8 bytes at 56 registers with dropout
         return Launch(16, 16, 2)
-    return Launch(64, 64, 8) if need.head_dim <= 64 else Launch(32, 32, 4)
+    return Launch(64, 64, 8) if need.head_dim <= 64 or _large(chip) else Launch(32, 32, 4)
 
 
 def peels(need: Need) -> bool:

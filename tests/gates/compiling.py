@@ -4,35 +4,32 @@ The ops' own host code runs on CPU tensors; a stand-in driver names the target, 
 is compiled with the specialisation that a GPU call would get (alignment and divisibility of its
 real arguments) instead of being run.
 
-What was read is kept in the user's cache folder (:func:`_record`), by everything it follows from,
-so that an unchanged kernel is not compiled anew; verdicts are not kept, every run judges afresh.
+Where a caller asks for it (``on_record``), what was read is kept in the repository and an unchanged
+kernel is not compiled anew (record.py); verdicts are not kept, every run judges afresh.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import importlib
 import inspect
-import json
 import os
-import pkgutil
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import triton
+from record import Record, digest
 from triton import knobs
-from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastenc import triton_kernels
 from fastenc.triton_kernels import _common
 
 TARGETS = {
@@ -66,18 +63,37 @@ class _Driver:
         return kind
 
 
+# The instructions that are judged, in the order in which a reading has their counts.
+CLASSES = {
+    "HMMA": r"HMMA\..*",
+    "HGMMA": r"HGMMA\..*",
+    "tcgen05.mma": r"tcgen05\.mma",
+    "v_mfma": r"v_mfma.*",
+    "TF32": r"HG?MMA.*TF32.*",
+    "narrow": r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.[US](16|8)(\.\w+)*",
+    "wide": r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.128(\.\w+)*",
+}
+
+
 @dataclass
 class Compiled:
-    """One kernel for one target. ``instructions``: counts by opcode with its width, as in SASS."""
+    """One kernel for one target. ``classes``: counts by :data:`CLASSES`; ``instructions``: by
+    opcode with its width, as in SASS, of what was compiled just now."""
 
     name: str
     chip: str
     dtype: str
     options: dict
-    shared: int
     registers: int
+    shared: int
     spills: int
-    instructions: dict[str, int] = field(default_factory=dict, repr=False)
+    classes: dict[str, int]
+    key: str = ""
+    instructions: dict[str, int] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def reading(self) -> list[int]:
+        return [self.registers, self.shared, self.spills, *self.classes.values()]
 
     @property
     def settings(self) -> str:
@@ -93,66 +109,88 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, dict[str, int]]:
-    """Registers, bytes of stack and local memory, and instruction counts."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    counts: dict[str, int] = {}
-    for opcode in re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M):
-        counts[opcode] = counts.get(opcode, 0) + 1
-    return int(used[1]), int(used[2]) + int(used[3]), counts
+def _counts(opcodes: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(opcodes))
+
+
+def _code(cubin: bytes) -> bytes:
+    """The sections of the ELF file that hold instructions."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(number)]
+    base = sections[names][4]
+    found = b""
+    for name, *_, offset, length in sections:
+        if cubin.startswith(b".text.", base + name):
+            found += cubin[offset : offset + length]
+    return found
+
+
+def _read_cubins(arch: int, cubins: list[bytes]) -> list[tuple[int, int, dict[str, int]]]:
+    """Registers, bytes of stack and local memory, and instruction counts of each.
+
+    Disassembled in one piece: nvdisasm takes 0.3 s to start.
+    """
+    used = []
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        for cubin in cubins:
+            Path(file.name).write_bytes(cubin)
+            usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+            found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+            used.append((int(found[1]), int(found[2]) + int(found[3])))
+        Path(file.name).write_bytes(b"".join(codes))
+        sass = _tool("nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", file.name)
+    line = r"^\s+/\*(\w+)\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)"
+    opcodes = [(int(place, 16), opcode) for place, opcode in re.findall(line, sass, re.M)]
+    result, first = [], 0
+    for (registers, spills), code in zip(used, codes, strict=True):
+        inside = (opcode for place, opcode in opcodes if first <= place < first + len(code))
+        result.append((registers, spills, _counts(inside)))
+        first += len(code)
+    return result
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, dict[str, int]]:
     def value(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
 
-    counts: dict[str, int] = {}
-    for opcode in re.findall(r"^\t([a-z]+_\w+)", text, re.M):
-        counts[opcode] = counts.get(opcode, 0) + 1
-    return value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count"), counts
+    spills = value("vgpr_spill_count") + value("sgpr_spill_count")
+    return value("vgpr_count"), spills, _counts(re.findall(r"^\t([a-z]+_\w+)", text, re.M))
 
 
-def _read(chip: str, built) -> dict:
-    """What the gates judge of a compiled kernel."""
+def read(chip: str, built: list) -> list[tuple[list[int], dict[str, int]]]:
+    """The reading of each compiled kernel (registers, shared memory, spills, counts by
+    :data:`CLASSES`), and all its instruction counts."""
     if TARGETS[chip].backend == "hip":
-        registers, spills, counts = _read_amdgcn(built.asm["amdgcn"])
+        found = [_read_amdgcn(b.asm["amdgcn"]) for b in built]
     else:
-        registers, spills, counts = _read_cubin(built.asm["cubin"])
-        if "tcgen05.mma" in built.asm["ptx"]:
-            counts["tcgen05.mma"] = built.asm["ptx"].count("tcgen05.mma")
-    shared = built.metadata.shared
-    return {"shared": shared, "registers": registers, "spills": spills, "instructions": counts}
+        found = _read_cubins(TARGETS[chip].arch, [b.asm["cubin"] for b in built])
+    result = []
+    for b, (registers, spills, instructions) in zip(built, found, strict=True):
+        products = b.asm.get("ptx", "").count("tcgen05.mma")
+        if products:
+            instructions["tcgen05.mma"] = products
+        counted = (
+            sum(n for opcode, n in instructions.items() if re.fullmatch(pattern, opcode))
+            for pattern in CLASSES.values()
+        )
+        result.append(([registers, b.metadata.shared, spills, *counted], instructions))
+    return result
 
 
 @functools.cache
-def _hash_sources() -> None:
-    """Triton's hash of a kernel's sources also depends on which kernels were hashed before it: here
-    all are, in one order."""
-    for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
-        for member in vars(importlib.import_module(module.name)).values():
-            getattr(member, "cache_key", None)
+def _readers() -> str:
+    return repr(CLASSES) + "".join(map(inspect.getsource, (read, _read_cubins, _read_amdgcn)))
 
 
-def _record(chip: str, kernel, specialisation: str) -> Path | None:
-    """Where the reading of a compilation is kept, named by what it follows from: the source of the
-    kernel and of all that it calls, the types, alignments and constants of its arguments, options,
-    target, Triton's version and the code that reads. FASTENC_GATES_AFRESH=1: nowhere."""
-    if os.environ.get("FASTENC_GATES_AFRESH") == "1":
-        return None
-    _hash_sources()
-    readers = "".join(map(inspect.getsource, (_read, _read_cubin, _read_amdgcn)))
-    switches = get_cache_invalidating_env_vars()
-    switches |= {name: x for name, x in os.environ.items() if name.startswith("TRITON_PTXAS")}
-    switches = sorted(switches.items())
-    follows = triton.__version__, kernel.cache_key, specialisation, str(TARGETS[chip]), switches
-    digest = hashlib.sha256(repr((*follows, readers)).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "fastenc" / "gates" / f"{digest}.json"
+@functools.cache
+def record_of(chip: str) -> Record:
+    return Record(chip)
+
+
+def digest_of(chip: str, kernel, specialisation: str) -> str:
+    return digest(TARGETS[chip], kernel, specialisation, _readers())
 
 
 def build(kernel, grid: tuple, args: tuple, options: dict, known: Callable[[str], bool]):
@@ -166,32 +204,41 @@ def build(kernel, grid: tuple, args: tuple, options: dict, known: Callable[[str]
         knobs.runtime.jit_cache_hook = None
 
 
-def compile_launch(chip: str, kernel, grid: tuple, args: tuple, options: dict) -> Compiled:
-    path: Path | None = None
+def name_of(kernel) -> str:
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
 
-    def known(key: str) -> bool:
-        nonlocal path
-        path = _record(chip, kernel, key)
-        return path is not None and path.exists()
+
+def compile_launch(
+    chip: str, kernel, grid: tuple, args: tuple, options: dict, on_record: bool = False
+) -> Compiled:
+    """``on_record``: known from the record, if it is there, and put there, if it is not."""
+    key, reading = "", None
+    name = name_of(kernel)
+
+    def known(specialisation: str) -> bool:
+        nonlocal key, reading
+        key = digest_of(chip, kernel, specialisation)
+        reading = record_of(chip).get(key) if on_record else None
+        return reading is not None
 
     built = build(kernel, grid, args, options, known)
-    if built is None:
-        read = json.loads(path.read_text())
-    else:
-        read = _read(chip, built)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(read))
-            partial.replace(path)
+    if built is not None:
+        ((reading, instructions),) = read(chip, [built])
+        if on_record:
+            record_of(chip).add({key: (name, reading)})
     dtype = next(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
-    stem = kernel.fn.__module__.rpartition(".")[2]
+    registers, shared, spills, *counted = reading
     return Compiled(
-        name=f"{stem}.{kernel.fn.__name__}",
+        name=name,
         chip=chip,
         dtype=dtype.removeprefix("torch."),
         options=options,
-        **read,
+        registers=registers,
+        shared=shared,
+        spills=spills,
+        classes=dict(zip(CLASSES, counted, strict=True)),
+        key=key,
+        instructions=instructions if built is not None else None,
     )
 
 
@@ -218,7 +265,10 @@ def target(chip: str, launch: Callable, every_candidate: bool = False) -> Iterat
 
 
 def compile_calls(
-    chip: str, calls: list[Callable[[], object]], every_candidate: bool = False
+    chip: str,
+    calls: list[Callable[[], object]],
+    every_candidate: bool = False,
+    on_record: bool = False,
 ) -> list[Compiled]:
     """Every distinct kernel that ``calls`` launch on ``chip``, compiled."""
     seen: dict[tuple, Compiled] = {}
@@ -229,7 +279,7 @@ def compile_calls(
         )
         key = (kernel.fn.__name__, kinds, tuple(sorted(options.items())))
         if key not in seen:
-            seen[key] = compile_launch(chip, kernel, grid, args, options)
+            seen[key] = compile_launch(chip, kernel, grid, args, options, on_record)
 
     with target(chip, launch, every_candidate):
         for call in calls:
@@ -250,14 +300,7 @@ SMALL = {
     "span_score_bwd.add_chunks_kernel",
     "varlen_attention_bias.bias_reduce_kernel",
 }
-NARROW = r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.[US](16|8)(\.\w+)*"
-WIDE = r"(LDG|LDGSTS|STG)\.E(\.\w+)*\.128(\.\w+)*"
-MATRIX = {
-    "sm_80": r"HMMA\..*",
-    "sm_90": r"HGMMA\..*",
-    "sm_100": r"tcgen05\.mma",
-    "gfx942": r"v_mfma.*",
-}
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 WGMMA_ROWS = 64
 
 
@@ -268,9 +311,13 @@ def multiplies(kernel: Compiled) -> bool:
 
 
 def matrix_instruction(kernel: Compiled) -> str:
-    """The one its products are meant to take: wgmma, unless none of them has the rows for it."""
-    rows = min(kernel.options.get(name, WGMMA_ROWS) for name in ("BAND", "BLOCK"))
-    return MATRIX["sm_80" if kernel.chip == "sm_90" and rows < WGMMA_ROWS else kernel.chip]
+    """The one its products are meant to take: wgmma on sm_90, but in tiles of fewer rows than that
+    needs for heads wider than an encoder's, where 64 rows spill."""
+    options = kernel.options
+    width = sum(piece[1] for piece in options.get("V_PIECES", options.get("PIECES", ())))
+    low = options.get("BAND", WGMMA_ROWS) < WGMMA_ROWS and width > 64
+    low |= options.get("BLOCK_M", WGMMA_ROWS) < WGMMA_ROWS and width > 128
+    return MATRIX["sm_80" if kernel.chip == "sm_90" and low else kernel.chip]
 
 
 def narrow_allowed(kernel: Compiled) -> int | None:
@@ -299,16 +346,16 @@ def faults(kernel: Compiled, sixteen_bit: bool, vectors: bool = True) -> list[st
     limit = _common.CHIPS[kernel.chip].shared
     if kernel.shared > limit:
         found.append(f"{kernel.shared} bytes of shared memory, the chip has {limit}")
-    if multiplies(kernel) and sixteen_bit and not kernel.count(matrix_instruction(kernel)):
+    if multiplies(kernel) and sixteen_bit and not kernel.classes[matrix_instruction(kernel)]:
         found.append(f"no {matrix_instruction(kernel)}")
-    if multiplies(kernel) and not sixteen_bit and kernel.count(r"HG?MMA.*TF32.*"):
+    if multiplies(kernel) and not sixteen_bit and kernel.classes["TF32"]:
         found.append("fp32 products run in tf32")
     if TARGETS[kernel.chip].backend == "cuda" and vectors and kernel.name not in SMALL:
         allowed = narrow_allowed(kernel)
-        narrow = kernel.count(NARROW)
+        narrow = kernel.classes["narrow"]
         if allowed is not None and narrow > allowed:
             found.append(f"{narrow} accesses of 16 bits or less")
-        if not kernel.count(WIDE):
+        if not kernel.classes["wide"]:
             found.append("no 16-byte access")
     return found
 

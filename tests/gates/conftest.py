@@ -1,7 +1,7 @@
 """Gates: every GPU configuration compiled without a GPU and judged; make test takes "not slow".
 
-Kernels are compiled in a folder of their own, or known from an earlier run (see compiling.py); the
-table of all of them ends the report.
+Kernels are compiled in a folder of their own, or known from readings/ (see record.py); the table of
+all of them ends the report.
 """
 
 from __future__ import annotations

@@ -161,12 +161,10 @@ def name_of(call: functools.partial) -> str:
     return "-".join([*words, *(k for k, v in call.keywords.items() if v)])
 
 
-UNALIGNED = {1100, 1000, 80, 8}
-
-
 def aligned(call: functools.partial) -> bool:
-    """Whether the rows of its tensors, and the pieces of a head, are multiples of 16 elements."""
-    return not UNALIGNED.intersection(call.args[:1])
+    """Whether rows, and heads in them, begin at multiples of 16 elements. Triton knows no smaller
+    divisor of a stride, so that nothing else may be read 16 bytes at a time."""
+    return call.args[1 if call.func is call_rope else 0] % 16 == 0
 
 
 GLOBAL, LOCAL, WIDE = (-1, -1), (64, 64), (512, 0)
@@ -210,11 +208,13 @@ def all_calls() -> list[Call]:
     for intermediate, dtype in itertools.product((1152, 3072, 1100), (BF16, FP32)):
         calls.append(bind(call_geglu, intermediate, dtype))
     calls += [bind(call_geglu, 1152, BF16, activation) for activation in ("gelu_tanh", "silu")]
+    calls.append(bind(call_geglu, 1536, BF16))
     for heads, head_dim in ((12, 64), (12, 32), (8, 96), (8, 128)):
         calls += [bind(call_rope, heads, head_dim, dtype) for dtype in (BF16, FP32)]
-    for hidden, dtype in itertools.product((384, 768, 1000, 1024, 5120, 8192), (BF16, FP32)):
-        calls.append(bind(call_add_layer_norm, hidden, dtype, True, False))
-    calls.append(bind(call_add_layer_norm, 768, BF16, False, True))
+    hiddens = (256, 384, 768, 1000, 1024, 2048, 3000, 4096, 5000, 16384)
+    for hidden, dtype in itertools.product(hiddens, (BF16, FP32)):
+        calls.append(bind(call_add_layer_norm, hidden, dtype, True, hidden > 2048))
+    calls += [bind(call_add_layer_norm, n, BF16, False, n == 768) for n in (768, 16384)]
     for head_dim, dtype, dropout in itertools.product(
         (32, 64, 96, 128), (BF16, FP32), (False, True)
     ):
@@ -252,6 +252,11 @@ def all_calls() -> list[Call]:
     for window in (WIDE, (128, 128), (8, 8)):
         calls += [bind(call_attention, 64, BF16, window, rope=turned) for turned in (False, True)]
     calls += [bind(call_attention, 64, FP16, window, rope=True) for window in (GLOBAL, LOCAL)]
+    for window in (GLOBAL, LOCAL):
+        calls.append(bind(call_attention, 256, BF16, window, rope=True, dropout=True))
+        calls.append(bind(call_attention, 128, FP32, window, rope=True, dropout=True))
+    for head_dim, dtype in itertools.product((128, 256), (BF16, FP32)):
+        calls.append(bind(call_attention, head_dim, dtype, GLOBAL, bias=True, dropout=True))
     calls.append(bind(call_attention, 64, BF16, GLOBAL, grad_lse=True))
     calls.append(bind(call_attention, 64, BF16, LOCAL, bias=True, dropout=True))
     calls += [bind(call_attention, 64, FP32, GLOBAL, bias=True, dropout=d) for d in (False, True)]

@@ -2,15 +2,24 @@
 
 import dataclasses
 import functools
+import importlib
+import itertools
 
 import compiling
 import launches
 import pytest
 import torch
-import triton
 from compiling import compile_calls, faults
 
-from fastenc.triton_kernels import _common, geglu, span_pool, varlen_attention
+from fastenc.triton_kernels import (
+    _common,
+    add_layer_norm,
+    geglu,
+    rope,
+    span_pool,
+    varlen_attention,
+)
+from fastenc.triton_kernels import disentangled_attention_launch as disentangled
 from fastenc.triton_kernels import varlen_attention_launch as choose
 from fastenc.triton_kernels.varlen_attention_launch import Launch, Need
 
@@ -31,11 +40,15 @@ def dtype_of(call) -> torch.dtype:
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("op", "call"), DEFAULT_CALLS)
 def test_default_launches(op, call, chip, report):
+    """Compiled for real, whatever is on record; where something is, it says the same."""
     kernels = compile_calls(chip, [call])
     report(kernels)
     sixteen_bit = dtype_of(call) != torch.float32
     found = {k.name: faults(k, sixteen_bit) for k in kernels}
     assert not any(found.values()), found
+    readings = compiling.record_of(chip).readings
+    known = {k.name: readings.get(k.key, k.reading) for k in kernels}
+    assert known == {k.name: k.reading for k in kernels}
 
 
 def test_geglu_moves_16_bytes_at_a_time():
@@ -85,6 +98,7 @@ BATCHES = [
 SHARING = [
     *(call for calls in launches.default_calls().values() for call in calls),
     *(bind(launches.call_segment_pool, 768, BF16, mode) for mode in ("max", "cls", "last")),
+    bind(launches.call_add_layer_norm, 16384, BF16, True, True),
     bind(launches.call_span_score, 2048, 1, BF16),
     bind(launches.call_span_score, 2048, 25, BF16, dropout=True),
     bind(launches.call_token_score, 2048, 512, 25, BF16, dropout=True),
@@ -99,25 +113,6 @@ def test_batches_share_their_kernels(call):
     first = specialisations("sm_90", [call])
     every = specialisations("sm_90", [bind(call, batch=batch) for batch in BATCHES])
     assert first and every == first
-
-
-def test_unchanged_kernels_are_not_compiled_again(monkeypatch, tmp_path):
-    def refuse(*_, **__):
-        raise RuntimeError("compiles")
-
-    def compile_again():
-        return compile_calls("sm_80", [lambda: launches.call_span_pool(512, BF16)])
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = compile_again()
-    monkeypatch.setattr(triton.compiler, "compile", refuse)
-    assert compile_again() == first and all(k.registers for k in first)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiles"):
-        patch.setenv("FASTENC_GATES_AFRESH", "1")
-        compile_again()
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiles"):
-        patch.setattr(span_pool._backward_kernel, "hash", "of other sources")
-        compile_again()
 
 
 # ---- launches are plain data -------------------------------------------------------------------
@@ -143,6 +138,60 @@ def test_launches_are_pure_and_frozen(name):
                             with pytest.raises(dataclasses.FrozenInstanceError):
                                 launch.block_m = 1
     assert geglu.candidates(1152, torch.bfloat16, chip)[0].block_c in (128, 256)
+
+
+ATTENTION = ("forward", "windowed_forward", "backward", "windowed_backward", "bias_gradient")
+WINDOWS = (launches.GLOBAL, launches.LOCAL, launches.WIDE, (128, 128), (8, 8), (0, 0))
+FLAGS = ({}, {"rope": True}, {"bias": True})
+
+
+def possible_launches(chip) -> set[tuple]:
+    """(chooser, launch) of every need; of the row kernels' sizes those of encoders."""
+    found = set()
+
+    def ask(module, name, *what):
+        chosen = getattr(module, name)(*what, chip)
+        chosen = chosen if isinstance(chosen, tuple) else (chosen,)
+        found.update((module.__name__, name, launch) for launch in chosen)
+
+    both = (torch.float32, BF16)
+    dims, tosses = (8, 32, 64, 80, 96, 128, 256), (False, True)
+    for head_dim, dtype, dropout in itertools.product(dims, both, tosses):
+        for window, flags in itertools.product(WINDOWS, FLAGS):
+            for name in ATTENTION if "bias" in flags else ATTENTION[:-1]:
+                ask(choose, name, Need(head_dim, dtype, *window, dropout=dropout, **flags))
+        for terms in (0, 1, 2) if head_dim <= disentangled.MAX_HEAD_DIM else ():
+            for name in ("forward", "backward", "tables") if terms else ("forward", "backward"):
+                ask(disentangled, name, disentangled.Need(head_dim, dtype, terms, dropout))
+    for dtype in both:
+        for size in (1100, 1152, 1536, 2624, 3072):
+            ask(geglu, "candidates", size, dtype)
+        for size in (256, 384, 768, 1000, 1024, 2048, 3000, 4096):
+            ask(add_layer_norm, "candidates", size, dtype)
+        for heads, head_dim in itertools.product((6, 8, 12, 16, 20), (32, 64, 96, 128)):
+            ask(rope, "candidates", heads, head_dim, dtype)
+    return found
+
+
+@pytest.mark.parametrize("name", compiling.TARGETS)
+def test_grid_reaches_every_launch(name, monkeypatch):
+    """Of all that the choosers can return for attention and the row kernels."""
+    possible = possible_launches(_common.CHIPS[name])
+    reached = set()
+    for module, chooser in {(module, chooser) for module, chooser, _ in possible}:
+        before = getattr(importlib.import_module(module), chooser)
+
+        def noted(*what, module=module, chooser=chooser, before=before):
+            chosen = before(*what)
+            for launch in chosen if isinstance(chosen, tuple) else (chosen,):
+                reached.add((module, chooser, launch))
+            return chosen
+
+        monkeypatch.setattr(f"{module}.{chooser}", noted)
+    with compiling.target(name, lambda *_, **__: None, every_candidate=True):
+        for call in launches.all_calls():
+            call()
+    assert not possible - reached
 
 
 # ---- each gate fails when what it guards is broken ---------------------------------------------

@@ -134,11 +134,12 @@ def test_add_layer_norm_mixes_dtypes(x, residual, weight):
     check(testing.Case("add_layer_norm", "mixed", lambda *_: (args, {})), x)
 
 
-def test_add_layer_norm_hidden_past_a_power_of_two():
-    args = torch.randn(3, 8200), torch.randn(3, 8200), torch.randn(8200), torch.randn(8200)
-    check(testing.Case("add_layer_norm", "wide", lambda *_: (args, {})), torch.float32)
-
-
-def test_add_layer_norm_refuses_rows_past_the_registers():
-    with pytest.raises(NotImplementedError, match="65536"):
-        fastenc.add_layer_norm(torch.randn(1, 65537), None, torch.randn(65537))
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "more"), [(600, True), (1100, True), (1280, False), (8200, True)]
+)
+def test_add_layer_norm_past_a_power_of_two(hidden, more, dtype):
+    """Whole rows, and rows that are walked in blocks."""
+    x, weight = torch.randn(5, hidden, dtype=dtype), torch.randn(hidden, dtype=dtype)
+    args = x, torch.randn_like(x) if more else None, weight, weight / 2 if more else None
+    check(testing.Case("add_layer_norm", "wide", lambda *_: (args, {})), dtype)
