@@ -72,6 +72,23 @@ def test_mixed_dtypes_promote(dtypes):
         testing.assert_parity("normed", normed, plain, exact)
 
 
+@pytest.mark.parametrize("eps", [1e-12, 1e-3])
+def test_eps(eps):
+    """Rows whose variance is about eps."""
+    args, _ = testing._add_layer_norm((9, 70), True, True)(torch.float32)
+    args = (args[0] * eps**0.5, args[1] * eps**0.5, *args[2:])
+    case = testing.Case("add_layer_norm", f"eps {eps}", lambda *_: (args, {"eps": eps}))
+    op_tests.check_parity(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("rows", [65, 2047, 2049, 2300])
+def test_gradients_of_many_rows(rows):
+    """The parameters' gradients are sums of at most 64 parts of 32 rows or more."""
+    make = testing._add_layer_norm((rows, 5), True, True)
+    case = testing.Case("add_layer_norm", str(rows), make)
+    op_tests.check_parity(case, torch.float32, "cpu")
+
+
 def test_without_residual_the_sum_is_x_itself():
     x, _, weight, _ = _arguments()
     normed, total = fastenc.add_layer_norm(x, None, weight)
@@ -106,6 +123,11 @@ def test_autocast_on_cpu_follows_torch():
 def _misuse():
     x, residual, weight, bias = _arguments()
     yield "residual shape", (x, residual[1:], weight, bias), ValueError, "residual"
+    yield "integer residual", (x, residual.int(), weight, bias), TypeError, "residual: .*int32"
+    elsewhere = residual.detach().to("meta")
+    yield "residual elsewhere", (x, elsewhere, weight, bias), ValueError, "residual: .* device of x"
+    elsewhere = bias.detach().to("meta")
+    yield "bias elsewhere", (x, residual, weight, elsewhere), ValueError, "bias: .* device of x"
     yield "weight shape", (x, residual, weight[1:], bias), ValueError, "weight"
     yield "bias shape", (x, residual, weight, bias[None]), ValueError, "bias"
     yield "integer x", (x.int(), None, weight, bias), TypeError, "int32"
@@ -172,5 +194,9 @@ def test_in_place_misuse():
         op(x, x.bfloat16(), weight, None, 1e-5)
     with pytest.raises(RuntimeError, match="contiguous"):
         op(torch.randn(8, 3).t(), x, weight, None, 1e-5)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        op(x, torch.randn(8, 3).t(), weight, None, 1e-5)
+    with pytest.raises(RuntimeError, match="bias: expected"):
+        op(x, x.clone(), weight, torch.ones(7), 1e-5)
     with pytest.raises(RuntimeError, match="weight: expected"):
         op(x, x.clone(), torch.ones(7), None, 1e-5)

@@ -81,6 +81,13 @@ def test_the_gradient_meets_the_same_mask():
     torch.library.opcheck(torch.ops.fastenc.dropout_fwd, (x, 0.4, torch.tensor([5])))
 
 
+def test_strides_do_not_matter():
+    x = torch.randn(40, 30)
+    expected = op(x, 0.4, 5)
+    assert torch.equal(op(x.t().contiguous().t(), 0.4, 5), expected)
+    assert torch.equal(op(torch.stack([x, x], -1)[..., 1], 0.4, 5), expected)
+
+
 def test_what_is_no_number_stays_so():
     x = torch.full((64,), float("nan"))
     assert op(x, 0.5, 1).isnan().all()

@@ -92,6 +92,13 @@ def test_layouts(shape, x_layout, w_layout):
     testing.assert_parity("out", op(x, w), nn.functional.linear(x, w), x.double() @ w.double().T)
 
 
+@pytest.mark.parametrize("rows", [3, 75])
+def test_a_bias_with_gaps(rows):
+    x, w, b = torch.randn(rows, 40), torch.randn(37, 40), torch.randn(37)
+    gaps = torch.stack([b, b + 1], -1)[:, 0]
+    assert torch.equal(op(x, w, gaps), op(x, w, b))
+
+
 def test_nothing_to_add_up():
     assert op(torch.empty(0, 5), torch.randn(3, 5)).shape == (0, 3)
     assert op(torch.randn(2, 5), torch.empty(0, 5)).shape == (2, 0)

@@ -44,6 +44,24 @@ def test_tables_of_another_dtype_and_int32_positions():
     testing.assert_parity("out", y, plain, exact)
 
 
+def test_strides_do_not_matter():
+    x, cos, sin, positions = _arguments()
+    expected = fastenc.rope(x, cos, sin, positions)
+
+    def wide(t):
+        return torch.stack([t, t + 1], -1)[..., 0]
+
+    heads_first = x.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    for changed in (
+        (wide(x), cos, sin, positions),
+        (heads_first, cos, sin, positions),
+        (x, wide(cos), sin, positions),
+        (x, cos, wide(sin), positions),
+        (x, cos, sin, wide(positions)),
+    ):
+        assert torch.equal(fastenc.rope(*changed), expected)
+
+
 def test_rotation_preserves_norm_and_inverts():
     x, cos, sin, positions = _arguments()
     y = fastenc.rope(x, cos, sin, positions)
@@ -79,6 +97,13 @@ def _misuse():
     yield "float positions", (x, cos, sin, positions.float()), TypeError, "int32 or int64"
     yield "narrow tables", (x, cos[:, 1:], sin[:, 1:], positions), ValueError, "head_dim 8"
     yield "tables differ", (x, cos, sin[1:], positions), ValueError, "shape of cos"
+    yield "dtypes differ", (x, cos, sin.half(), positions), TypeError, "dtype of cos"
+    yield "one table row", (x, cos[0], sin[0], positions), ValueError, "cos: expected 2 dim"
+    yield "integers", (x.int(), cos, sin, positions), TypeError, "x: expected a floating"
+    yield "tables elsewhere", (x, cos.to("meta"), sin, positions), ValueError, "cos: .* device of x"
+    elsewhere = positions.to("meta")
+    yield "positions elsewhere", (x, cos, sin, elsewhere), ValueError, "positions: .* device of x"
+    yield "positions of a list", (x, cos, sin, [0]), TypeError, "positions: .*list"
     yield "odd head_dim", (x[..., 1:], cos, sin, positions), ValueError, "even head_dim"
     yield "two dimensions", (x[:, 0], cos, sin, positions), ValueError, "dimensions"
     yield (
@@ -99,3 +124,5 @@ def test_raw_op_is_memory_safe():
     x, cos, sin, positions = _arguments()
     with pytest.raises(RuntimeError, match="positions"):
         torch.ops.fastenc_cpu.rope_fwd(x.detach(), cos, sin, positions + 1000)
+    with pytest.raises(RuntimeError, match="positions"):
+        torch.ops.fastenc_cpu.rope_fwd(x.detach(), cos, sin, positions - 1000)

@@ -44,17 +44,42 @@ def test_empty_sequences_are_zeros_and_get_no_gradient(mode):
     torch.testing.assert_close(x.grad.sum(), torch.tensor(20.0))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_more_columns_than_a_task(mode):
+    make = testing._segment_pool((3, 0, 70, 1), 600, mode)
+    op_tests.check_parity(testing.Case("segment_pool", mode, make), torch.float32, "cpu")
+
+
+def test_a_sum_that_cancels_and_infinite_terms():
+    x = torch.tensor([[3e7, torch.inf], [1.0, 2.0], [-3e7, 1.0]])
+    out = fastenc.segment_pool(x, testing.cu_seqlens_of((3,)))
+    testing.assert_parity("mean", out, x.mean(0)[None], x.double().mean(0)[None])
+    assert out[0, 0] == torch.tensor(1.0) / 3 and out[0, 1] == torch.inf
+
+
+def test_raw_backward_is_memory_safe():
+    cu, grad = testing.cu_seqlens_of((3, 2)), torch.ones(2, 4)
+    index = torch.full((2, 4), 3, dtype=torch.int32)
+    backward = torch.ops.fastenc_cpu.segment_pool_bwd
+    for bad in (index - 4, index + 2, index):  # before, after, the first's in the second
+        with pytest.raises(RuntimeError, match="outside its sequence"):
+            backward(grad, bad, cu, 5, "max")
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        backward(grad, index, cu + 7, 5, "mean")
+
+
 def test_no_sequences():
     out = fastenc.segment_pool(torch.randn(0, 4), torch.zeros(1, dtype=torch.int32))
     assert out.shape == (0, 4)
 
 
-def test_maximum_takes_the_first_of_equals_and_propagates_nan():
-    x = torch.tensor([[1.0, 5.0], [1.0, float("nan")], [0.0, 9.0]], requires_grad=True)
+def test_maximum_takes_the_first_of_equals_and_of_nans():
+    nan = float("nan")
+    x = torch.tensor([[1.0, 5.0, nan], [1.0, nan, nan], [0.0, 9.0, 7.0]], requires_grad=True)
     out = fastenc.segment_pool(x, testing.cu_seqlens_of((3,)), "max")
-    assert out[0, 0] == 1 and out[0, 1].isnan()
+    assert out[0, 0] == 1 and out[0, 1:].isnan().all()
     out.sum().backward()
-    assert torch.equal(x.grad, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    assert torch.equal(x.grad, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -70,6 +95,9 @@ def _misuse():
     x = torch.randn(5, 4)
     int32 = {"dtype": torch.int32}
     yield "decreasing", (x, torch.tensor([0, 4, 2, 5], **int32)), ValueError, "non-decreasing"
+    elsewhere = torch.tensor([0, 5], **int32).to("meta")
+    yield "elsewhere", (x, elsewhere), ValueError, "cu_seqlens: .* device of the packed"
+    yield "integers", (x.int(), torch.tensor([0, 5], **int32)), TypeError, "x: expected a floating"
     yield "wrong end", (x, torch.tensor([0, 4], **int32)), ValueError, "total_tokens = 5"
     yield "wrong start", (x, torch.tensor([1, 5], **int32)), ValueError, "from 0"
     yield "int64", (x, torch.tensor([0, 5])), TypeError, "int32"
