@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -291,29 +291,42 @@ def main(
     toy: Annotated[bool, typer.Option(help="toy sizes, nothing is written")] = False,
     row: Annotated[list[str] | None, typer.Option(help="only these, by part of the name")] = None,
 ) -> None:
-    """Rows that are not asked for stay as an earlier run of the same day left them."""
+    """Rows that are not asked for stay as an earlier run left them, with its commit and date."""
     if toy:
         small = tuple(replace(row, hidden=64) for row in TOY)
         for measured in steps(small, 24, 64, 1, 1).values():
             show(measured())
         return
     stamp = measure.stamp()
-    path = measure.RESULTS / stamp["machine"]["name"] / f"gliner-{stamp['date']}.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    found = {each["name"]: each for each in kept.get("gliner", ())}
-    order = []
-    for name, measured in steps(ROWS, 384, 512, 6, 5).items():
+    folder = measure.RESULTS / stamp["machine"]["name"]
+    path = folder / f"gliner-{stamp['date']}.json"
+    known = steps(ROWS, 384, 512, 6, 5)
+    new = []
+    for name, measured in known.items():
         if not row or any(part in name for part in row):
-            result = measured() | {"commit": stamp["commit"]}
-            show(result)
-            found[result["name"]] = result
-        order.append(name)
-
-    def place(result: dict[str, Any]) -> int:
-        return next(i for i, name in enumerate(order) if result["name"].startswith(name))
-
-    measure.write_json(path, {**stamp, "gliner": sorted(found.values(), key=place)})
+            new.append(measured() | {"commit": stamp["commit"], "date": stamp["date"]})
+            show(new[-1])
+            measure.write_json(path, {**stamp, "gliner": merged(earlier_rows(folder), new, known)})
     print(path)
+
+
+def earlier_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the newest file of ``folder``, each with the date of its measurement."""
+    files = sorted(folder.glob("gliner-*.json"))
+    kept = json.loads(files[-1].read_text()) if files else {}
+    return [{"date": kept["date"], **each} for each in kept.get("gliner", ())]
+
+
+def merged(
+    old: list[dict[str, Any]], new: list[dict[str, Any]], order: Iterable[str]
+) -> list[dict[str, Any]]:
+    """``new`` over ``old``: rows of one name are replaced, others stay; as ``order`` has them.
+
+    Rows whose names begin with nothing in ``order`` are of benchmarks that are no more: dropped.
+    """
+    rows = {each["name"]: each for each in (*old, *new)}
+    found = [[row for name, row in rows.items() if name.startswith(prefix)] for prefix in order]
+    return [row for one in found for row in one]
 
 
 if __name__ == "__main__":

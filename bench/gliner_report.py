@@ -39,15 +39,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         others += [f"{name} does not run" for name in row.get("failures", {})]
         if floor := row.get("floor_seconds"):
             others.append(f"floor {_milliseconds(floor)} ({floor / spent['fastenc']:.2f})")
+        if memory := row.get("kept_for_backward_mib"):
+            own, theirs = memory["fastenc"], memory["gliner"]
+            others.append(
+                f"kept for the backward {own:.1f} of {theirs:.1f} MiB ({own / theirs:.2f})"
+            )
         accelerated = ahead.get("accelerate(gliner)")
         lines.append(
             [
                 row["name"], _milliseconds(spent["gliner"]), _milliseconds(spent["fastenc"]),
                 f"{ahead['fastenc']:.2f}x", f"{accelerated:.2f}x" if accelerated else "–",
-                "; ".join(others) or "–",
+                "; ".join(others) or "–", f"{row['commit']}, {row['date']}",
             ]
         )  # fmt: skip
-    head = ["", "gliner", "fastenc", "ahead by", "accelerate(gliner): ahead by", "beside fastenc"]
+    head = ["", "gliner", "fastenc", "ahead by", "accelerate(gliner): ahead by", "beside fastenc",
+            "commit, date"]  # fmt: skip
     return markdown_table(head, lines)
 
 
@@ -78,9 +84,10 @@ def main() -> None:
     if not found:
         raise SystemExit("no figures: python -m bench.gliner")
     results = max(found, key=lambda each: each["date"])
+    rows = [{"date": results["date"], **row} for row in results["gliner"]]
     readme = DOCS.parent / "README.md"
     text, count = MARKS.subn(
-        lambda m: f"{m[1]}\n{table(results['gliner'])}\n\n{heading(results)}\n\n{m[2]}",
+        lambda m: f"{m[1]}\n{table(rows)}\n\n{heading(results)}\n\n{m[2]}",
         readme.read_text(encoding="utf-8"),
     )
     if count != 1:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastenc.nn import VarlenBatch
 from fastenc.testing import assert_parity, max_error
 
 
@@ -145,3 +146,33 @@ def check_trained(
     assert lost < 0.2 * moved, "the comparison says nothing"
     error, allowed = far(actual, exact), 2 * lost + 1e-5 * moved
     assert error <= allowed, f"trained weights: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check_wanted_rows(modeling, ours: nn.Module, reference: nn.Module, monkeypatch) -> None:
+    """``forward_packed(rows=...)``: those rows, their gradients, and no others in the last layer.
+
+    ``modeling`` is the file of ``fastenc.models`` whose ``add_norm`` ends each half of a layer.
+    """
+    lists = [list(range(3, 3 + n)) for n in (9, 1, 17)]
+    rows = torch.tensor([25, 0, 3, 9, 3])
+    seen = []
+    add_norm = modeling.add_norm
+
+    def counted(output: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return add_norm(output, x, residual)
+
+    monkeypatch.setattr(modeling, "add_norm", counted)
+    packed = VarlenBatch.from_lists(lists)
+    hidden = [ours.forward_packed(packed, rows=rows)]
+    assert seen == [27] * (len(seen) - 2) + [5, 5]
+    exact_model = at(reference, torch.float64)
+    for model in (reference, exact_model):
+        each = [model(torch.tensor([x])).last_hidden_state[0] for x in lists]
+        hidden.append(torch.cat(each)[rows])
+    assert_parity("rows", *hidden)
+    gradients = []
+    for model, x in zip((ours, reference, exact_model), hidden, strict=True):
+        x.backward(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype))
+        gradients.append([{n: p.grad for n, p in model.named_parameters() if p.grad is not None}])
+    check_gradients(*gradients)

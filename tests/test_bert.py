@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 import transformers
-from model_tests import at, check_model, padded, telling
+from model_tests import at, check_model, check_wanted_rows, padded, telling
 
 import fastenc
+from fastenc.models import bert
 from fastenc.nn import VarlenBatch
 from fastenc.testing import assert_parity
 
@@ -100,6 +101,10 @@ def test_packed_is_each_sequence_alone():
         torch.cat([m(x).last_hidden_state[0] for x in alone]) for m in (reference, exact_model)
     )
     assert_parity("packed", packed, plain, exact)
+
+
+def test_the_last_layer_makes_wanted_rows_only(monkeypatch):
+    check_wanted_rows(bert, *pair(), monkeypatch)
 
 
 def test_dropout_is_seeded():

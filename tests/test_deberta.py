@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from model_tests import at, check_model, padded, telling
+from model_tests import at, check_model, check_wanted_rows, padded, telling
 
 import fastenc
 from fastenc.models import deberta
@@ -110,6 +110,10 @@ def test_packed_is_each_sequence_alone():
         torch.cat([m(torch.tensor([x])).last_hidden_state[0] for x in lists]) for m in models
     )
     assert_parity("packed", packed, plain, exact)
+
+
+def test_the_last_layer_makes_wanted_rows_only(monkeypatch):
+    check_wanted_rows(deberta, *pair(), monkeypatch)
 
 
 # ---- position tables -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@
 //       to_int(vf) truncates, to_float(vi), bits(vf), from_bits(vi)
 //       load_int(const int32_t*) store_int(int32_t*, v)
 //       multiply_wide(a, b, &high, &low)        unsigned 32 x 32 -> 64
+//   permute(v, i)                               lane l is lane i[l] of v
 //   transpose(v)                                array of kLanes vectors, in place
 //   sums(v)                                     array of kLanes vectors; lane i is sum(v[i])
 #if defined(FASTENC_SIMD_TOGGLE) == defined(FASTENC_ISA_TOGGLE)

@@ -143,6 +143,7 @@ FASTENC_INLINE vi to_int(vf a) { return {_mm256_cvttps_epi32(a.v)}; }
 FASTENC_INLINE vf to_float(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 FASTENC_INLINE vi bits(vf a) { return {_mm256_castps_si256(a.v)}; }
 FASTENC_INLINE vf from_bits(vi a) { return {_mm256_castsi256_ps(a.v)}; }
+FASTENC_INLINE vf permute(vf a, vi lanes) { return {_mm256_permutevar8x32_ps(a.v, lanes.v)}; }
 FASTENC_INLINE void multiply_wide(vi a, vi b, vi* high, vi* low) {
   const __m256i even = _mm256_mul_epu32(a.v, b.v);
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));

@@ -125,6 +125,7 @@ FASTENC_INLINE vi to_int(vf a) { return {_mm512_cvttps_epi32(a.v)}; }
 FASTENC_INLINE vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 FASTENC_INLINE vi bits(vf a) { return {_mm512_castps_si512(a.v)}; }
 FASTENC_INLINE vf from_bits(vi a) { return {_mm512_castsi512_ps(a.v)}; }
+FASTENC_INLINE vf permute(vf a, vi lanes) { return {_mm512_permutexvar_ps(lanes.v, a.v)}; }
 FASTENC_INLINE void multiply_wide(vi a, vi b, vi* high, vi* low) {
   const __m512i even = _mm512_mul_epu32(a.v, b.v);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));

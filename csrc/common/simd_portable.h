@@ -120,6 +120,9 @@ FASTENC_INLINE vi min(vi a, vi b) { return select(a > b, b, a); }
 FASTENC_INLINE vi max(vi a, vi b) { return select(a > b, a, b); }
 FASTENC_INLINE vi to_int(vf a) { return {__builtin_convertvector(a.v, int4)}; }
 FASTENC_INLINE vf to_float(vi a) { return {__builtin_convertvector(a.v, float4)}; }
+FASTENC_INLINE vf permute(vf a, vi i) {
+  return {float4{a.v[i.v[0]], a.v[i.v[1]], a.v[i.v[2]], a.v[i.v[3]]}};
+}
 FASTENC_INLINE void multiply_wide(vi a, vi b, vi* high, vi* low) {
   for (int i = 0; i < kLanes; ++i) {
     const uint64_t product =

@@ -1,13 +1,14 @@
 // Disentangled attention, forward; fastenc/ops/disentangled_attention.py says what is computed.
 //
 // A task is 128 queries of one (sequence, head). For every 128 keys both position terms are made as
-// products of 128 x 144, joined with the content term in the accumulators of its product, and met
-// by the online softmax of varlen_attention.
+// products of at most 128 x 144, joined with the content term in the accumulators of its product,
+// and met by the online softmax of varlen_attention.
 //
-// Floor: 8 L^2 head_dim FLOPs a head, at sgemm's rate. One core of a Zen 4 that other work shared,
-// CPU time, fp32, 12 heads of 64, one sequence: 384 tokens 15.9 ms, floor / measured 0.69; 512
-// tokens 22 ms, 0.87; 128 tokens 3.0 ms, 0.40. transformers' attention without its projections took
-// 3.4, 3.2 and 3.9 times as long.
+// Floor: 8 L^2 head_dim FLOPs a head, at sgemm's rate; distances that share a bucket need fewer.
+// One core of a Zen 4, CPU time, fp32, 12 heads of 64, one sequence, dropout 0.1, ms:
+//   tokens                        128    384    668
+//   v1 a column a distance        2.1   13.8   42.3
+//   v2 a column a bucket          2.1   12.3   32.7   floor / measured 0.44, 0.68, 0.77
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -85,20 +86,20 @@ class DisentangledChunk {
     pack_rows<LD>(p_, p_.v, false, scope_.start, scope_.head, begin, end, rows, 1.0f, values_);
     const int64_t keys = round_up(end - begin, kShear);
     const int64_t queries = blocks_ * kQueries;
-    const float* c2p = positions_.key_of(scope_.head);
-    const float* p2c = positions_.query_of(scope_.head);
-    if (c2p != nullptr) {
-      position_products<LD>(query_rows_, queries, p_.head_dim, c2p, p_.key->columns, p_.key->origin,
-                            task_.begin, begin, keys, c2p_);
+    PositionBlock c2p{}, p2c{};
+    if (p_.key) {
+      c2p = {c2p_, p_.key->columns_of(task_.begin, begin)};
+      position_products<LD>(query_rows_, queries, p_.head_dim, positions_.key_of(scope_.head),
+                            p_.key->columns, c2p.columns, keys, c2p_);
     }
-    if (p2c != nullptr) {
-      position_products<LD>(keys_, keys, p_.head_dim, p2c, p_.query->columns, p_.query->origin,
-                            begin, task_.begin, queries, p2c_);
+    if (p_.query) {
+      p2c = {p2c_, p_.query->columns_of(begin, task_.begin)};
+      position_products<LD>(keys_, keys, p_.head_dim, positions_.query_of(scope_.head),
+                            p_.query->columns, p2c.columns, queries, p2c_);
     }
     for (int64_t block = 0; block < blocks_; ++block) {
       for (int v = 0; v < NV; ++v) {
-        join_positions<NV>(c2p ? c2p_ : nullptr, p2c ? p2c_ : nullptr,
-                           block * kQueries + v * kLanes, keys, scores_ + v * kLanes);
+        join_positions<NV>(c2p, p2c, block * kQueries + v * kLanes, keys, scores_ + v * kLanes);
       }
       step(block, begin, begin + rows);
     }
@@ -165,11 +166,10 @@ void disentangled_task(const DisentangledProblem& p, const PackedPositions& posi
 // Query-position rows carry the scale that the packed queries carry.
 void pack_head(const DisentangledProblem& p, int64_t head, const PackedPositions& to) {
   if (to.key) {
-    pack_positions(*p.key, p.index, head, p.head_dim, true, 1.0f,
-                   to.key.get() + head * to.head_floats);
+    pack_positions(*p.key, head, p.head_dim, 1.0f, to.key.get() + head * to.head_floats);
   }
   if (to.query) {
-    pack_positions(*p.query, p.index, head, p.head_dim, false, query_scale(p),
+    pack_positions(*p.query, head, p.head_dim, query_scale(p),
                    to.query.get() + head * to.head_floats);
   }
 }

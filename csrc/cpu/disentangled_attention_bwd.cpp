@@ -8,13 +8,15 @@
 //   dPK_c = s sum_i dS_{i,i-c} q_i               dPQ_c = s sum_j dS_{j+c,j} k_j
 //
 // dS is written a second time with rows shifted against each other by one column, so that equal
-// distances lie in one column and every line above is a product. A task is one head of a few
+// distances lie in one column and every line above is a product; columns of one bucket are summed
+// before those of the tables. A task is one head of a few
 // sequences, one after the other; which they are depends on the problem alone, and their table
 // gradients are summed in order.
 //
-// Floor: 20 L^2 head_dim FLOPs a head, at sgemm's rate. As in disentangled_attention.cpp: 384
-// tokens 34 ms, floor / measured 0.80; 512 tokens 59 ms, 0.82; transformers', which keeps P and
-// both (L, 512) products, 1.5 and 1.4 times as long.
+// Floor: 22 L^2 head_dim FLOPs a head, at sgemm's rate. As in disentangled_attention.cpp, ms:
+//   tokens                        128    384    668
+//   v1 a column a distance        4.6   30.3   91.6
+//   v2 a column a bucket          4.5   26.8   72.5   floor / measured 0.56, 0.85, 0.95
 #include <algorithm>
 #include <cstdint>
 #include <limits>

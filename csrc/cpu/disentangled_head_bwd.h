@@ -78,6 +78,11 @@ FASTENC_INLINE void add_rows(int64_t m, int64_t k, int64_t head_dim, const float
   }
 }
 
+// Where row r and other o of a chunk lie in kShear rows that shift against each other by one.
+constexpr int64_t sheared(int64_t r, int64_t o) {
+  return r * kShearStride + o + (kShear - 1 - r % kShear);
+}
+
 template <int LD>
 class DisentangledHead {
  public:
@@ -103,6 +108,7 @@ class DisentangledHead {
                    {&scores_, kPositionBlock * kQueries},
                    {&dscores_, kPositionBlock * kPositionBlock},
                    {&sheared_, kShear * kShearStride},
+                   {&gathered_, kShear * kShearStride},
                    {&c2p_, kPositionBlock * kShearStride},
                    {&p2c_, kPositionBlock * kShearStride},
                    {&key_table_, key_columns * LD},
@@ -112,39 +118,37 @@ class DisentangledHead {
                    {&position_rows_, query_columns * LD},
                    {&dquery_rows_, query_columns * LD}});
     if (p_.key) {
-      prepare(*p_.key, true, 1.0f, key_table_, key_rows_, dkey_rows_);
+      prepare(*p_.key, 1.0f, key_table_, key_rows_, dkey_rows_);
     }
     if (p_.query) {
-      prepare(*p_.query, false, query_scale(p_), query_table_, position_rows_, dquery_rows_);
+      prepare(*p_.query, query_scale(p_), query_table_, position_rows_, dquery_rows_);
     }
     for (int64_t seq = task_.begin; seq < task_.end; ++seq) {
       scope_ = make_scope(p_, seq, task_.head);
       sequence();
     }
     if (p_.key) {
-      collapse(*p_.key, true, score_unit(p_), dkey_rows_, call_.dkey);
+      collapse(*p_.key, score_unit(p_), dkey_rows_, call_.dkey);
     }
     if (p_.query) {
-      collapse(*p_.query, false, p_.scale, dquery_rows_, call_.dquery);
+      collapse(*p_.query, p_.scale, dquery_rows_, call_.dquery);
     }
   }
 
  private:
   // A table by distance in both layouts, and zeros for its gradient.
-  void prepare(const PositionTable& t, bool descending, float scale, float* table, float* rows,
-               float* gradient) {
-    pack_positions(t, p_.index, task_.head, p_.head_dim, descending, scale, table);
+  void prepare(const PositionTable& t, float scale, float* table, float* rows, float* gradient) {
+    pack_positions(t, task_.head, p_.head_dim, scale, table);
     std::fill_n(gradient, t.columns * LD, 0.0f);
-    pack_position_rows<LD>(t, p_.index, task_.head, p_.head_dim, descending, scale, rows);
+    pack_position_rows<LD>(t, task_.head, p_.head_dim, scale, rows);
   }
 
   // Columns of one table row are summed, in order of their distance.
-  void collapse(const PositionTable& t, bool descending, float scale, const float* gradient,
-                float* to) {
+  void collapse(const PositionTable& t, float scale, const float* gradient, float* to) {
     to += index_ * t.size * p_.head_dim;
     std::fill_n(to, t.size * p_.head_dim, 0.0f);
     for (int64_t c = 0; c < t.columns; ++c) {
-      float* row = to + p_.index.of(descending ? t.origin - c : c - t.origin) * p_.head_dim;
+      float* row = to + t.row_of[c] * p_.head_dim;
       for (int64_t d = 0; d < p_.head_dim; ++d) {
         row[d] += scale * gradient[c * LD + d];
       }
@@ -195,12 +199,14 @@ class DisentangledHead {
     pack_rows<LD>(p_, call_.grad_out, false, start, head, begin, end, kPositionBlock, 1.0f,
                   grad_rows_);
     if (p_.key) {
-      position_products<LD>(query_rows_, columns_, size, key_table_, p_.key->columns,
-                            p_.key->origin, begin, key_, rows_, c2p_);
+      key_columns_ = p_.key->columns_of(begin, key_);
+      position_products<LD>(query_rows_, columns_, size, key_table_, p_.key->columns, key_columns_,
+                            rows_, c2p_);
     }
     if (p_.query) {
-      position_products<LD>(keys_, rows_, size, query_table_, p_.query->columns, p_.query->origin,
-                            key_, begin, columns_, p2c_);
+      query_columns_ = p_.query->columns_of(key_, begin);
+      position_products<LD>(keys_, rows_, size, query_table_, p_.query->columns, query_columns_,
+                            columns_, p2c_);
     }
     for (int64_t block = 0; block < columns_; block += kQueries) {
       differentiate_block(block);
@@ -224,8 +230,9 @@ class DisentangledHead {
     transpose_in<LD, 2>(query_rows_ + block * LD, size, queries_);
     transpose_in<LD, 2>(grad_rows_ + block * LD, size, grads_);
     for (int v = 0; v < 2; ++v) {
-      join_positions<2>(p_.key ? c2p_ : nullptr, p_.query ? p2c_ : nullptr, block + v * kLanes,
-                        rows_, scores_ + v * kLanes);
+      join_positions<2>({p_.key ? c2p_ : nullptr, key_columns_},
+                        {p_.query ? p2c_ : nullptr, query_columns_}, block + v * kLanes, rows_,
+                        scores_ + v * kLanes);
     }
     constexpr int64_t kPart = 128;  // the sum in parts for accuracy
     for (int64_t d = 0; d < size; d += kPart) {
@@ -279,20 +286,49 @@ class DisentangledHead {
     add_rows<LD>(kShear, rows_, p_.head_dim, sheared_ + sheared(0, 0), kShearStride - 1, 1, keys_,
                  dq);
     if (p_.key) {
-      const int64_t column = p_.key->origin + key_ - (query_ + i + kShear - 1);
-      add_rows<LD>(kShear, rows_ + kShear, p_.head_dim, sheared_, kShearStride, 1,
-                   key_rows_ + column * LD, dq);
-      add_rows<LD>(rows_ + kShear, kShear, p_.head_dim, sheared_, 1, kShearStride,
-                   query_rows_ + i * LD, dkey_rows_ + column * LD);
+      add_position_terms(ColumnSpan(key_columns_, i, rows_), rows_, query_rows_ + i * LD, key_rows_,
+                         dq, dkey_rows_);
     }
   }
 
   void add_key_terms(int64_t j) {
-    const int64_t column = p_.query->origin + query_ - (key_ + j + kShear - 1);
-    add_rows<LD>(kShear, columns_ + kShear, p_.head_dim, sheared_, kShearStride, 1,
-                 position_rows_ + column * LD, dkeys_ + j * LD);
-    add_rows<LD>(columns_ + kShear, kShear, p_.head_dim, sheared_, 1, kShearStride, keys_ + j * LD,
-                 dquery_rows_ + column * LD);
+    add_position_terms(ColumnSpan(query_columns_, j, columns_), columns_, keys_ + j * LD,
+                       position_rows_, dkeys_ + j * LD, dquery_rows_);
+  }
+
+  // Of kShear rows of dS in sheared_ and what they were made of: drow = dS table, dtable = dS^T
+  // row.
+  void add_position_terms(const ColumnSpan& span, int64_t others, const float* row,
+                          const float* table, float* drow, float* dtable) {
+    const int64_t width = round_up(span.count, 4);
+    const float* terms = sheared_;
+    int64_t pitch = 1, step = kShearStride;
+    if (span.count < others + kShear - 1) {
+      gather_columns(span, others, width);
+      terms = gathered_;
+      pitch = kShear;
+      step = 1;
+    }
+    add_rows<LD>(kShear, width, p_.head_dim, terms, step, pitch, table + span.first * LD, drow);
+    add_rows<LD>(width, kShear, p_.head_dim, terms, pitch, step, row, dtable + span.first * LD);
+  }
+
+  // gathered_ (width, kShear): the sums of sheared_ over the others that share a column.
+  void gather_columns(const ColumnSpan& span, int64_t others, int64_t width) {
+    std::fill_n(gathered_, width * kShear, 0.0f);
+    for (int64_t l = 0; l < kShear; l += kLanes) {
+      for (int64_t c = 0; c < others + kShear - 1; c += kLanes) {
+        vf r[kLanes];
+        for (int u = 0; u < kLanes; ++u) {
+          r[u] = load(sheared_ + (l + u) * kShearStride + c);
+        }
+        transpose(r);
+        for (int u = 0; u < kLanes; ++u) {  // zeros past the end
+          float* to = gathered_ + (span.at[c + u] - span.first) * kShear + l;
+          store(to, load(to) + r[u]);
+        }
+      }
+    }
   }
 
   const DisentangledBackward& call_;
@@ -301,8 +337,9 @@ class DisentangledHead {
   int64_t index_;
   AttentionScope scope_;
   int64_t key_, rows_, query_, columns_;
+  const int32_t *key_columns_ = nullptr, *query_columns_ = nullptr;
   float *keys_, *values_, *dkeys_, *dvalues_, *query_rows_, *queries_, *grad_rows_, *grads_, *dq_;
-  float *lse_, *delta_, *scores_, *dscores_, *sheared_, *c2p_, *p2c_;
+  float *lse_, *delta_, *scores_, *dscores_, *sheared_, *gathered_, *c2p_, *p2c_;
   float *key_table_, *key_rows_, *dkey_rows_, *query_table_, *position_rows_, *dquery_rows_;
 };
 

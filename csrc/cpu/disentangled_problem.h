@@ -31,12 +31,20 @@ struct DistanceIndex {
   }
 };
 
-// One table (heads, size, head_dim); rows.at(row, head) as in Rows.
+// One table (heads, size, head_dim); rows.at(row, head) as in Rows. Its layout has a column for
+// every run of distances that share a row, in their order: far fewer columns than distances.
 struct PositionTable {
   Rows rows;
   int64_t size = 0;
-  int64_t columns = 0;  // of its layout by distance; column `origin` is distance 0
+  int64_t columns = 0;             // of the layout, with padding
+  std::vector<int32_t> row_of;     // (columns)
+  std::vector<int32_t> column_of;  // by origin + other - row of a position product
   int64_t origin = 0;
+
+  // At [o - r]: the column of row `row` + r of a position product and `other` + o.
+  const int32_t* columns_of(int64_t row, int64_t other) const {
+    return column_of.data() + origin + other - row;
+  }
 };
 
 struct DisentangledProblem : OwnedProblem {
@@ -44,14 +52,13 @@ struct DisentangledProblem : OwnedProblem {
   std::optional<PositionTable> key, query;  // c2p, p2c
 
   int64_t packed_floats() const {
-    const auto& any = key ? key : query;
-    return any ? any->columns * head_dim : 0;
+    return std::max(key ? key->columns : 0, query ? query->columns : 0) * head_dim;
   }
 };
 
 inline std::optional<PositionTable> make_position_table(const char* name,
                                                         const std::optional<Tensor>& x,
-                                                        DisentangledProblem* p) {
+                                                        bool descending, DisentangledProblem* p) {
   if (!x.has_value()) {
     return std::nullopt;
   }
@@ -64,15 +71,24 @@ inline std::optional<PositionTable> make_position_table(const char* name,
   PositionTable t;
   t.rows = {rows.data_ptr(), rows.stride(1), rows.stride(0), rows.scalar_type()};
   t.size = rows.size(1);
-  // Blocks of queries and of keys reach past both ends of the sequence, by less than 64. The stride
-  // is an odd number of cache lines, so that the rows of a panel do not share a set.
-  t.origin = p->longest + 64;
-  t.columns = round_up(2 * t.origin + 32, 32) + 16;
   for (int64_t i = 0; i <= 2 * p->index.radius; ++i) {
     STD_TORCH_CHECK(p->index.rows[i] >= 0 && p->index.rows[i] < t.size,
                     "rel_index: ", p->index.rows[i], " at ", i, " is no row of ", name,
                     ", which has ", t.size);
   }
+  // Blocks of queries and of keys reach past both ends of the sequence, by less than 64.
+  t.origin = p->longest + 64;
+  for (int64_t i = 0; i < 2 * t.origin + 32; ++i) {
+    const int32_t row = p->index.of(descending ? t.origin - i : i - t.origin);
+    if (t.row_of.empty() || t.row_of.back() != row) {
+      t.row_of.push_back(row);
+    }
+    t.column_of.push_back(static_cast<int32_t>(t.row_of.size()) - 1);
+  }
+  // Products read whole tiles. The stride is an odd number of cache lines, so that the rows of a
+  // panel do not share a set.
+  t.columns = round_up(static_cast<int64_t>(t.row_of.size()) + 32, 32) + 16;
+  t.row_of.resize(t.columns, t.row_of.back());
   return t;
 }
 
@@ -88,8 +104,8 @@ inline DisentangledProblem make_disentangled_problem(
                   rel_index.size(0));
   p.tensors.push_back(dense(rel_index));
   p.index = {data<int32_t>(p.tensors.back()), rel_index.size(0) / 2};
-  p.key = make_position_table("pos_key", pos_key, &p);
-  p.query = make_position_table("pos_query", pos_query, &p);
+  p.key = make_position_table("pos_key", pos_key, true, &p);
+  p.query = make_position_table("pos_query", pos_query, false, &p);
   return p;
 }
 

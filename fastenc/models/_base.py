@@ -68,13 +68,15 @@ class PackedInputs:
     """What a packed function reads: tensors of ``batch.total_tokens`` rows.
 
     ``position_ids``: (T,) where the caller gave them, else None. ``inputs_embeds``: (T, hidden)
-    where given in place of ``batch.input_ids``. ``token_type_ids``: (T,) or None.
+    where given in place of ``batch.input_ids``. ``token_type_ids``: (T,) or None. ``rows``: (N,)
+    int64, the rows of the last hidden state that are wanted, in this order; None: all.
     """
 
     batch: VarlenBatch
     position_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     token_type_ids: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class Holes(ValueError):
@@ -89,6 +91,8 @@ class PackedModel(StrictLoading):
     """
 
     _slots: ClassVar[Slots]
+    _skips_rows: ClassVar[bool] = False
+    """Whether :meth:`_encode` leaves out of its last layer what ``inputs.rows`` does not want."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,7 +102,9 @@ class PackedModel(StrictLoading):
         registry[str(cls)] = getattr(cls, "_can_record_outputs", None)
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
-        """(T, hidden): the last hidden state. Appends to ``states`` what precedes each layer.
+        """(T, hidden): the last hidden state; a class that ``_skips_rows``: its ``inputs.rows``.
+
+        Appends to ``states`` what precedes each layer.
 
         Raises:
             Holes: the packed path would not do what transformers does with them.
@@ -112,15 +118,18 @@ class PackedModel(StrictLoading):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Packed tokens in, packed hidden states out: no padding anywhere.
 
         Args:
             batch: with ``input_ids``, unless ``inputs_embeds`` (T, hidden) are given.
             token_type_ids, position_ids: (T,) or None.
+            rows: (N,) int64: only these rows of the last hidden state are wanted; DeBERTa and BERT
+                compute no others after the last attention.
 
         Returns:
-            (T, hidden), the last hidden state.
+            (T, hidden), the last hidden state; (N, hidden) with ``rows``.
         """
         if (batch.input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of batch.input_ids and inputs_embeds")
@@ -134,9 +143,10 @@ class PackedModel(StrictLoading):
                 "inputs_embeds": inputs_embeds,
             }
             padded = {name: batch.pad(x) for name, x in padded.items() if x is not None}
-            return batch.pack(self(**padded).last_hidden_state)
+            hidden = batch.pack(self(**padded).last_hidden_state)
+            return hidden if rows is None else hidden.index_select(0, rows)
         self._check_ids(batch.input_ids)
-        inputs = PackedInputs(batch, position_ids, inputs_embeds, token_type_ids)
+        inputs = PackedInputs(batch, position_ids, inputs_embeds, token_type_ids, rows)
         return self._encode_or_replay(inputs, None)
 
     # ---- CUDA graphs ---------------------------------------------------------------------------
@@ -158,7 +168,11 @@ class PackedModel(StrictLoading):
 
     def _encode_or_replay(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         wish = self.__dict__.get(_GRAPHS)
-        if wish is None or states is not None or torch.compiler.is_compiling():
+        runs = wish is None or states is not None or torch.compiler.is_compiling()
+        if inputs.rows is not None and not (runs and self._skips_rows):
+            hidden = self._encode_or_replay(replace(inputs, rows=None), states)
+            return hidden.index_select(0, inputs.rows)
+        if runs:
             return self._encode(inputs, states)
         rows = self._graph_rows(inputs)
         if rows is None:

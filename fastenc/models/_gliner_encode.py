@@ -17,9 +17,14 @@ from fastenc.nn.linear import linear
 from fastenc.ops import segment_pool
 
 
-def encode_tokens(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
-    """(total_tokens, D): the text encoder and its projection, where it has one."""
-    hidden = packed_forward_of(token_rep_layer.bert_layer.model)(tokens)
+def encode_tokens(
+    token_rep_layer: nn.Module, tokens: VarlenBatch, rows: Tensor | None = None
+) -> Tensor:
+    """(total_tokens, D): the text encoder and its projection, where it has one.
+
+    (N, D) where only ``rows`` (N,) int64 of it are wanted.
+    """
+    hidden = packed_forward_of(token_rep_layer.bert_layer.model)(tokens, rows=rows)
     projection = getattr(token_rep_layer, "projection", None)
     return hidden if projection is None else linear(projection, hidden)
 
@@ -33,17 +38,33 @@ def encode_labels(token_rep_layer: nn.Module, tokens: VarlenBatch) -> Tensor:
     return segment_pool(hidden, tokens.cu_seqlens, "mean")
 
 
+def words_and_prompts(
+    token_rep_layer: nn.Module, batch: GLiNERBatch, mode: str
+) -> tuple[Tensor, Tensor]:
+    """Each word's first, last, mean or largest subtoken, and the labels' tokens.
+
+    Returns:
+        (words, D), zeros for a word without tokens; (num_seqs * C, D), anything where a label does
+        not exist.
+    """
+    labels = batch.label_rows.flatten().clamp(min=0)
+    if mode not in ("first", "last"):
+        hidden = encode_tokens(token_rep_layer, batch.tokens)
+        return pool_words(hidden, batch, mode), hidden.index_select(0, labels)
+    rows = batch.word_rows if mode == "first" else batch.word_ends
+    rows = rows.clamp(0, max(batch.tokens.total_tokens - 1, 0)) if batch.dropped else rows
+    hidden = encode_tokens(token_rep_layer, batch.tokens, torch.cat([rows, labels]))
+    words, prompts = hidden.split([rows.shape[0], labels.shape[0]])
+    if batch.dropped:
+        words = words.masked_fill((batch.word_ends < batch.word_rows).unsqueeze(1), 0.0)
+    return words, prompts
+
+
 def pool_words(hidden: Tensor, batch: GLiNERBatch, mode: str) -> Tensor:
-    """(total_tokens, D) -> (words, D): each word's first, last, mean or largest subtoken.
+    """(total_tokens, D) -> (words, D): each word's mean or largest subtoken.
 
     Zeros for a word without tokens.
     """
-    if mode in ("first", "last"):
-        rows = batch.word_rows if mode == "first" else batch.word_ends
-        if not batch.dropped:
-            return hidden.index_select(0, rows)
-        taken = hidden.index_select(0, rows.clamp(0, max(hidden.shape[0] - 1, 0)))
-        return taken.masked_fill((batch.word_ends < batch.word_rows).unsqueeze(1), 0.0)
     counts = (batch.word_ends - batch.word_rows + 1).clamp(min=0).cpu()
     edges = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     total = int(edges[-1])
@@ -85,8 +106,8 @@ def word_representations(model: nn.Module, batch: GLiNERBatch) -> tuple[Words, T
         for a bi-encoder, whose prompts are embeddings of labels.
     """
     config = model.config
-    hidden = encode_tokens(model.token_rep_layer, batch.tokens)
-    x = pool_words(hidden, batch, getattr(config, "subtoken_pooling", "first"))
+    mode = getattr(config, "subtoken_pooling", "first")
+    x, prompts = words_and_prompts(model.token_rep_layer, batch, mode)
     words = Words(x, batch.cu_words, batch.word_lengths)
     if getattr(model.token_rep_layer, "labels_encoder", None) is not None:
         # gliner's bi-encoders carry an LSTM that nothing calls: trained weights expect that
@@ -94,7 +115,6 @@ def word_representations(model: nn.Module, batch: GLiNERBatch) -> tuple[Words, T
     rnn = getattr(model, "rnn", None)
     if rnn is not None:
         words = recur(rnn, words)
-    prompts = hidden.index_select(0, batch.label_rows.flatten().clamp(min=0))
     prompts = prompts.unflatten(0, tuple(batch.label_rows.shape))
     if len(set(batch.num_labels)) > 1:
         prompts = prompts.masked_fill(~batch.label_mask.unsqueeze(-1), 0.0)

@@ -25,20 +25,34 @@ def through(
     layers: Iterable[nn.Module],
     x: Tensor,
     states: list[Tensor] | None,
-    run: Callable[[nn.Module, Tensor], Tensor],
+    run: Callable[..., Tensor],
+    rows: Tensor | None = None,
 ) -> Tensor:
     """``run(layer, x)`` layer by layer, under gradient checkpointing where it is on.
 
     Args:
         x: (T, hidden), the first layer's input.
         states: a list that receives the input of every layer, or None.
+        rows: (N,) int64, what is wanted of the last layer, which is ``run(layer, x, rows=rows)``;
+            None: all of it.
+
+    Returns:
+        (T, hidden), or (N, hidden) with ``rows``.
     """
-    for layer in layers:
+    layers = list(layers)
+    for i, layer in enumerate(layers):
         if states is not None:
             states.append(x)
         step = functools.partial(run, layer)
+        if rows is not None and i == len(layers) - 1:
+            step = functools.partial(step, rows=rows)
         x = layer._gradient_checkpointing_func(step, x) if checkpointed(layer) else step(x)
-    return x
+    return x if rows is None or layers else x.index_select(0, rows)
+
+
+def wanted(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``rows`` of each of ``tensors`` (T, ...), or the tensors themselves for None."""
+    return tensors if rows is None else tuple(x.index_select(0, rows) for x in tensors)
 
 
 def widen(intermediate: nn.Module, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastenc.models._base import PackedInputs
-from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, widen
+from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, wanted, widen
 from fastenc.nn import VarlenBatch
 from fastenc.nn.linear import linear
 from fastenc.ops import varlen_attention
@@ -37,15 +37,15 @@ def bert_packed(
         states: a list that receives the input of every layer, (T, hidden) each.
 
     Returns:
-        (T, hidden).
+        (T, hidden), or (N, hidden) with ``inputs.rows``.
     """
     x = embed(module.embeddings, inputs, default_positions)
     run = functools.partial(_layer, batch=inputs.batch)
-    return through(module.encoder.layer, x, states, run)
+    return through(module.encoder.layer, x, states, run, inputs.rows)
 
 
-def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
-    """(T, hidden) -> (T, hidden)."""
+def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, rows: Tensor | None = None) -> Tensor:
+    """(T, hidden) -> (T, hidden), or ``rows`` (N,) of it."""
     attn = layer.attention.self
     heads = (attn.num_attention_heads, attn.attention_head_size)
     projections = (attn.query, attn.key, attn.value)
@@ -54,7 +54,8 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
     mixed = varlen_attention(
         q, k, v, batch.cu_seqlens, batch.max_seqlen, scale=attn.scaling, dropout_p=dropout_p
     )
-    x = add_norm(layer.attention.output, mixed.flatten(1), x)
+    mixed, x = wanted(rows, mixed.flatten(1), x)
+    x = add_norm(layer.attention.output, mixed, x)
     return add_norm(layer.output, widen(layer.intermediate, x), x)
 
 
@@ -104,6 +105,8 @@ class PackedBert(PackedPostNorm):
     The pooler reads the first real token of each row, also under left padding, where transformers
     reads a padding row.
     """
+
+    _skips_rows = True
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         return bert_packed(self, inputs, states)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 from fastenc.models._base import Holes, PackedInputs
-from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, widen
+from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, wanted, widen
 from fastenc.nn import VarlenBatch
 from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import PrepackedLinear, count_fused_steps, linear
@@ -45,15 +45,21 @@ def deberta_packed(
         states: a list that receives the input of every layer, (T, hidden) each.
 
     Returns:
-        (T, hidden).
+        (T, hidden), or (N, hidden) with ``inputs.rows``.
     """
     x = embed(module.embeddings, inputs)
     run = functools.partial(_layer, batch=inputs.batch, relative=_Relative(module.encoder))
-    return through(module.encoder.layer, x, states, run)
+    return through(module.encoder.layer, x, states, run, inputs.rows)
 
 
-def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, relative: _Relative) -> Tensor:
-    """(T, hidden) -> (T, hidden)."""
+def _layer(
+    layer: nn.Module,
+    x: Tensor,
+    batch: VarlenBatch,
+    relative: _Relative,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """(T, hidden) -> (T, hidden), or ``rows`` (N,) of it."""
     attn = layer.attention.self
     heads = (attn.num_attention_heads, attn.attention_head_size)
     q, k, v = (
@@ -71,7 +77,8 @@ def _layer(layer: nn.Module, x: Tensor, batch: VarlenBatch, relative: _Relative)
         )
     else:
         mixed = varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **options)
-    x = add_norm(layer.attention.output, mixed.flatten(1), x)
+    mixed, x = wanted(rows, mixed.flatten(1), x)
+    x = add_norm(layer.attention.output, mixed, x)
     return add_norm(layer.output, widen(layer.intermediate, x), x)
 
 
@@ -197,6 +204,8 @@ class DebertaV2Model(PackedPostNorm, hf.DebertaV2Model):
     Positions of padding in ``last_hidden_state`` and ``hidden_states`` are zeros. Checkpoints with
     a convolution after the first layer (v2-xlarge) run in transformers' own forward.
     """
+
+    _skips_rows = True
 
     _slots = {
         "[]": (hf.DebertaV2Layer,),

@@ -32,7 +32,8 @@ def packed_forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     """``forward_packed`` of ``module`` or of the base model that it wraps, or None.
 
     The callable takes a :class:`VarlenBatch` with ``input_ids`` (BERT also ``token_type_ids=``,
-    (total_tokens,)) and returns the last hidden states, (total_tokens, hidden).
+    (total_tokens,)) and returns the last hidden states, (total_tokens, hidden), or the ``rows=`` of
+    them that are wanted.
     """
     for owner in (module, getattr(module, "base_model", None)):
         packed = getattr(owner, "forward_packed", None)
