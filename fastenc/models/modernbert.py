@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers.models.modernbert import modeling_modernbert as hf
 
+from fastenc.models import _modernbert_inference as inference
 from fastenc.models._attention import windowed_with_gaps
 from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
 from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
-from fastenc.nn._modules import is_unhooked
-from fastenc.nn._workspace import Workspace
-from fastenc.nn.linear import PrepackedLinear, gated, linear
+from fastenc.nn.linear import gated, linear
 from fastenc.ops import (
     _checks,
     add_layer_norm,
@@ -37,7 +36,6 @@ from fastenc.ops import (
 )
 from fastenc.ops._registry import note_fallback
 from fastenc.ops.add_layer_norm import add_layer_norm_inplace
-from fastenc.ops.rope_varlen_attention import rope_varlen_attention_into
 
 _GEGLU = {
     "GELUActivation": "gelu",
@@ -66,8 +64,11 @@ def modernbert_packed(
     x = module.embeddings(input_ids=batch.input_ids, inputs_embeds=inputs.inputs_embeds)
     rotate = _Rotations(module.rotary_emb, inputs, x)
     branch: Tensor | None = None
-    alone = x.device.type == "cpu" and states is None and _nobody_keeps(module)
-    work = Workspace(x) if alone else None
+    ours = x.device.type == "cpu" and states is None and inference.nobody_keeps(module)
+    plans = inference.plan(module, x, rotate.of, _GEGLU) if ours else None
+    if plans:
+        head_dim = module.layers[0].attn.head_dim
+        return inference.run(plans, x, batch, head_dim, module.final_norm)
     for layer in module.layers:
         turn = rotate.of(layer.attention_type)
         if states is not None:
@@ -77,8 +78,8 @@ def modernbert_packed(
             run = _whole_layer(layer, batch, turn)
             x, branch = layer._gradient_checkpointing_func(run, _sum(x, branch)), None
         else:
-            x, branch = _layer(layer, x, branch, batch, turn, work)
-    return _norm(module.final_norm, x, branch, alone)[0]
+            x, branch = _layer(layer, x, branch, batch, turn, ours)
+    return _norm(module.final_norm, x, branch, ours)[0]
 
 
 def _layer(
@@ -87,42 +88,28 @@ def _layer(
     branch: Tensor | None,
     batch: VarlenBatch,
     turn: _Turn,
-    work: Workspace | None = None,
+    ours: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One layer on the residual stream ``x`` and what is still to be added to it.
 
-    ``work``: memory of the inner tensors, given where nobody can have kept one, nor ``x``. The
-    branch, the norm that takes its place, and the next branch are one buffer; qkv and the gated
-    rows another.
+    ``ours``: nobody else holds ``x`` or a branch.
     """
-    ours = work is not None
     normed, x = _norm(layer.attn_norm, x, branch, ours)
-    branch = _attention(layer.attn, normed, batch, turn, work)
+    branch = _attention(layer.attn, normed, batch, turn)
     del normed
     normed, x = _norm(layer.mlp_norm, x, branch, ours)
-    return x, _mlp(layer.mlp, normed, work)
+    return x, _mlp(layer.mlp, normed)
 
 
-def _attention(
-    attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn, work: Workspace | None
-) -> Tensor:
-    qkv = linear(attn.Wqkv, x, _buffer(work, "wide", x, attn.Wqkv))
-    qkv = qkv.unflatten(-1, (3, -1, attn.head_dim))
-    mixed = _attend(attn, qkv, batch, turn, work).flatten(1)
+def _attention(attn: nn.Module, x: Tensor, batch: VarlenBatch, turn: _Turn) -> Tensor:
+    qkv = linear(attn.Wqkv, x).unflatten(-1, (3, -1, attn.head_dim))
+    mixed = _attend(attn, qkv, batch, turn).flatten(1)
     del qkv  # three times the hidden states, of no use to the next product
-    return attn.out_drop(linear(attn.Wo, mixed, _buffer(work, "branch", mixed, attn.Wo)))
+    return attn.out_drop(linear(attn.Wo, mixed))
 
 
-def _mlp(mlp: nn.Module, x: Tensor, work: Workspace | None) -> Tensor:
-    gated_rows = mlp.drop(_gate(mlp, x, work))
-    return linear(mlp.Wo, gated_rows, _buffer(work, "branch", gated_rows, mlp.Wo))
-
-
-def _buffer(
-    work: Workspace | None, name: str, x: Tensor, layer: nn.Module, halves: int = 1
-) -> Tensor | None:
-    """Where ``layer(x)`` goes, or one of its ``halves``."""
-    return None if work is None else work.take(name, len(x), layer.weight.shape[0] // halves)
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    return linear(mlp.Wo, mlp.drop(_gate(mlp, x)))
 
 
 def _whole_layer(layer: nn.Module, batch: VarlenBatch, turn: _Turn):
@@ -154,31 +141,10 @@ def _norm(
     return add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
 
 
-def _nobody_keeps(module: nn.Module) -> bool:
-    """Whether no hook or adapter can keep what the embeddings return and the layers' modules are
-    given and return; asked for where that memory could be taken."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    embeddings = module.embeddings
-    makes_new = type(embeddings.norm) is nn.LayerNorm
-    ends = (embeddings, embeddings.norm, embeddings.drop)
-    return (makes_new and all(map(is_unhooked, ends))) and all(
-        type(part) in _KEEP_NOTHING and is_unhooked(part)
-        for layer in module.layers
-        for part in (
-            layer.attn.Wqkv, layer.attn.Wo, layer.attn.out_drop,
-            layer.mlp.Wi, layer.mlp.drop, layer.mlp.Wo,
-        )
-    )  # fmt: skip
-
-
-_KEEP_NOTHING = frozenset({nn.Linear, PrepackedLinear, nn.Dropout, nn.Identity})
-
-
-def _gate(mlp: nn.Module, x: Tensor, work: Workspace | None) -> Tensor:
+def _gate(mlp: nn.Module, x: Tensor) -> Tensor:
     activation = _GEGLU.get(type(mlp.act).__name__)
     if activation is not None:
-        return gated(mlp.Wi, x, activation, _buffer(work, "wide", x, mlp.Wi, halves=2))
+        return gated(mlp.Wi, x, activation)
     note_fallback(f"ModernBERT: no gated kernel for {type(mlp.act).__name__}, plain PyTorch runs")
     a, gate = linear(mlp.Wi, x).chunk(2, dim=-1)
     return mlp.act(a) * gate
@@ -230,16 +196,11 @@ def _rope_positions(inputs: PackedInputs) -> Tensor | None:
     return inputs.position_ids
 
 
-def _attend(
-    attn: nn.Module, qkv: Tensor, batch: VarlenBatch, turn: _Turn, work: Workspace | None
-) -> Tensor:
+def _attend(attn: nn.Module, qkv: Tensor, batch: VarlenBatch, turn: _Turn) -> Tensor:
     """qkv (T, 3, heads, head_dim) -> (T, heads, head_dim)."""
     reach = -1 if attn.sliding_window is None else attn.sliding_window - 1
     dropout_p = attn.attention_dropout if attn.training else 0.0
     packed = (batch.cu_seqlens, batch.max_seqlen)
-    if turn.rows is None and work is not None and not dropout_p:
-        mixed = work.take("mixed", *qkv[:, 0].shape)
-        return rope_varlen_attention_into(mixed, qkv, turn.cos, turn.sin, *packed, (reach, reach))
     if turn.rows is None:
         return rope_varlen_attention(
             qkv, turn.cos, turn.sin, *packed, (reach, reach), dropout_p=dropout_p

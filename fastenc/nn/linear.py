@@ -32,27 +32,23 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
 )
 
 
-def linear(layer: nn.Module, x: Tensor, out: Tensor | None = None) -> Tensor:
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; a plain ``nn.Linear`` takes :func:`product`, with its gradients.
 
     Args:
         layer: any module; what is not exactly an ``nn.Linear``, has hooks or another ``forward``,
             is called.
         x: (..., in_features).
-        out: (rows, out_features), memory for the result, taken where that can be: see
-            :func:`product`.
 
     Returns:
         (..., out_features).
     """
-    if torch.compiler.is_compiling() or type(layer) not in _LINEAR or not _is_plain(layer):
-        return layer(x)
-    if type(layer) is PrepackedLinear:
-        return layer.forward(x, out)
-    return product(x, layer.weight, layer.bias, out)
+    if not torch.compiler.is_compiling() and type(layer) is nn.Linear and _is_plain(layer):
+        return product(x, layer.weight, layer.bias)
+    return layer(x)
 
 
-def gated(layer: nn.Module, x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+def gated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
     """``geglu(linear(layer, x), activation)``; without gradients, for more than a few rows of fp32
     on a CPU, in one kernel that never holds the product whole.
 
@@ -60,7 +56,6 @@ def gated(layer: nn.Module, x: Tensor, activation: str, out: Tensor | None = Non
         layer: any module from (..., in_features) to (..., 2 I), as for :func:`linear`.
         x: (..., in_features).
         activation: as for :func:`fastenc.geglu`.
-        out: (rows, I), memory for what the one kernel makes.
 
     Returns:
         (..., I).
@@ -68,14 +63,13 @@ def gated(layer: nn.Module, x: Tensor, activation: str, out: Tensor | None = Non
     if (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and type(layer) in _LINEAR
+        and type(layer) in (nn.Linear, PrepackedLinear)
         and _is_plain(layer)
-        and x.numel() >= _MANY_ROWS * x.shape[-1]
-        and _is_served(x, layer.weight, layer.bias)
+        and x.numel() >= FEW_ROWS * x.shape[-1]
+        and is_served(x, layer.weight, layer.bias)
     ):
         rows = x.reshape(-1, x.shape[-1])
-        size = rows.shape[0], layer.weight.shape[0] // 2
-        y = out if _fits(out, *size) else rows.new_empty(size)
+        y = rows.new_empty(rows.shape[0], layer.weight.shape[0] // 2)
         torch.ops.fastenc.linear_geglu_fwd(rows, layer.weight, layer.bias, activation, y)
         return y.view(*x.shape[:-1], -1)
     return geglu(linear(layer, x), activation)
@@ -84,16 +78,6 @@ def gated(layer: nn.Module, x: Tensor, activation: str, out: Tensor | None = Non
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether calling the layer is its product and nothing else."""
     return type(layer.weight) is nn.Parameter and is_unhooked(layer)
-
-
-def _fits(out: Tensor | None, rows: int, columns: int) -> bool:
-    return (
-        out is not None
-        and out.shape == (rows, columns)
-        and out.dtype == torch.float32
-        and out.is_contiguous()
-        and runs_on_cpu(out)
-    )
 
 
 def product(
@@ -113,8 +97,8 @@ def product(
     """
     if torch.compiler.is_compiling():  # before what it cannot trace
         return F.linear(x, weight, bias)
-    if not _is_served(x, weight, bias):
-        if x.numel() >= _MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+    if weight.dim() != 2 or not is_served(x, weight, bias):
+        if x.numel() >= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled():
             weight = weight.contiguous()  # MKL is a third slower on a weight with gaps
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -132,6 +116,16 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = No
     y = out if _fits(out, *size) else x.new_empty(size)
     torch.ops.fastenc.linear_fwd(x, weight, bias, y)
     return y
+
+
+def _fits(out: Tensor | None, rows: int, columns: int) -> bool:
+    return (
+        out is not None
+        and out.shape == (rows, columns)
+        and out.dtype == torch.float32
+        and out.is_contiguous()
+        and runs_on_cpu(out)
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -153,18 +147,18 @@ class _Product(torch.autograd.Function):
         return dx, dw, db
 
 
-_MANY_ROWS = 64
+# Under so many rows the gate is a kernel of its own, and MKL does not mind a weight with gaps.
+FEW_ROWS = 64
 
 
-def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_served(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether fastenc's product is to be taken, and is for these tensors."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
+    tensors = (x, *(p for p in parameters if p is not None))
     return (
         prefers_own()
         and all(t.dtype == torch.float32 for t in tensors)
         and x.dim() > 0
         and x.numel() > 0
-        and weight.dim() == 2
         and runs_on_cpu(*tensors)
         and not torch.is_autocast_enabled("cpu")
     )
@@ -195,11 +189,10 @@ class PrepackedLinear(nn.Linear):
     With gradients, under autocast or compilation, or on another device it is as :func:`linear`.
     """
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """As :func:`linear`; ``out`` is taken where :func:`product` runs."""
+    def forward(self, x: Tensor) -> Tensor:
         packed = self._weight_for(x)
         if packed is None:
-            return product(x, self.weight, self.bias, out)
+            return product(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
@@ -220,9 +213,6 @@ class PrepackedLinear(nn.Linear):
         if found is None or found[0] != key:
             found = _packed[self] = (key, _pack(w))
         return found[1]
-
-
-_LINEAR = (nn.Linear, PrepackedLinear)
 
 
 def _pack(weight: Tensor) -> Tensor | None:

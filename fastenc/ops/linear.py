@@ -1,12 +1,12 @@
 """Linear: ``x w^T + bias``, the matrix product under the linear layers, fp32 on a CPU.
 
 x (M, K), weight (N, K), bias (N,) -> y (M, N), dense, which the caller brings: a model's layers
-write to the same memory (``fastenc/nn/_workspace.py``). torch's ``F.linear`` takes MKL, which keeps
-its best kernels for Intel's processors. Few rows or columns are dot products over the weight as it
-lies; the rest is cut into panels (Goto and van de Geijn 2008) that add up at most 192 products a
-run, as MKL's do: the same rounding error. :func:`fastenc.nn.linear` decides where it is taken and
-has its gradients, which are the same product of transposed views. ``linear_geglu`` is ``geglu`` of
-a product, which never lies in memory whole.
+write to the same memory (``fastenc/models/_modernbert_inference.py``). torch's ``F.linear`` takes
+MKL, which keeps its best kernels for Intel's processors. Few rows or columns are dot products over
+the weight as it lies; the rest is cut into panels (Goto and van de Geijn 2008) that add up at most
+192 products a run, as MKL's do: the same rounding error. :func:`fastenc.nn.linear` decides where it
+is taken and has its gradients, which are the same product of transposed views. ``linear_geglu`` is
+``geglu`` of a product, which never lies in memory whole.
 """
 
 from __future__ import annotations

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from fastenc.ops import _checks
 from fastenc.ops._attention_ref import rope_backward_ref, rope_forward_ref
-from fastenc.ops._registry import (
-    KERNEL_DTYPES,
-    OpSpec,
-    define,
-    runs_on_cpu,
-    select,
-    unavailable,
-)
+from fastenc.ops._registry import OpSpec, define, select
 from fastenc.ops._rules import lower_precision
 from fastenc.ops.rope import check_tables
 from fastenc.ops.varlen_attention import _SHAPE, check_dropout, check_window
@@ -71,6 +64,7 @@ define(
 )
 
 
+# For tensors that a model owns: into ``out``, contiguous, without the log-sum-exp.
 def _into_ref(qkv, cos, sin, cu_seqlens, max_seqlen, left, right, scale, out) -> None:
     plain = (cu_seqlens, max_seqlen, left, right, scale, 0.0, None)
     out.copy_(rope_forward_ref(qkv, cos, sin, *plain)[0])
@@ -112,52 +106,6 @@ def rope_varlen_attention(
         TypeError, ValueError: shapes, dtypes, devices or cu_seqlens do not fit, or a table is
             shorter than ``max_seqlen``.
     """
-    _check_inputs(qkv, cos, sin, cu_seqlens, max_seqlen)
-    left, right = check_window(window_size)
-    seed = check_dropout(dropout_p, seed, qkv)
-    scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
-    return select("rope_varlen_attention", qkv)(
-        qkv, cos, sin, cu_seqlens, max_seqlen, left, right, scale, float(dropout_p), seed
-    )[0]
-
-
-def rope_varlen_attention_into(
-    out: Tensor | None,
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    window_size: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
-) -> Tensor:
-    """:func:`rope_varlen_attention` into ``out``, (total_tokens, heads, head_dim), where that can
-    be: on a CPU, without gradients, ``out`` contiguous and like the result; else ``out`` stays.
-    """
-    packed = cu_seqlens, max_seqlen
-    if (
-        out is None
-        or torch.is_grad_enabled()
-        or out.dtype != qkv.dtype
-        or qkv.dtype not in KERNEL_DTYPES
-        or not out.is_contiguous()
-        or not runs_on_cpu(out, qkv)
-        or torch.is_autocast_enabled("cpu")
-        or unavailable("rope_varlen_attention_into", "cpu") is not None
-    ):
-        return rope_varlen_attention(qkv, cos, sin, *packed, window_size, scale)
-    _check_inputs(qkv, cos, sin, *packed)
-    left, right = check_window(window_size)
-    scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
-    torch.ops.fastenc.rope_varlen_attention_into_fwd(
-        qkv, cos, sin, *packed, left, right, scale, out
-    )
-    return out
-
-
-def _check_inputs(
-    qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> None:
     _checks.floating("qkv", qkv, 4)
     if qkv.shape[1] != 3 or qkv.shape[3] % 2 or qkv.shape[3] < 2:
         raise ValueError(
@@ -169,3 +117,9 @@ def _check_inputs(
         raise ValueError(
             f"cos: expected at least max_seqlen = {max_seqlen} rows, got {cos.shape[0]}"
         )
+    left, right = check_window(window_size)
+    seed = check_dropout(dropout_p, seed, qkv)
+    scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
+    return select("rope_varlen_attention", qkv)(
+        qkv, cos, sin, cu_seqlens, max_seqlen, left, right, scale, float(dropout_p), seed
+    )[0]
