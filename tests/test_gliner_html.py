@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from bench import gliner_picture
 from fastenc.models.gliner import to_html
 
 TEXT = "Marie <b>Curie</b> of the University of Paris & 東京"
@@ -68,3 +69,23 @@ def test_misuse():
         to_html(
             "abcdef", [{"start": 0, "end": 3, "label": "x"}, {"start": 2, "end": 5, "label": "y"}]
         )
+
+
+def test_the_picture_is_what_a_browser_draws(tmp_path, monkeypatch):
+    browser, picture = tmp_path / "chromium", tmp_path / "page.png"
+    browser.write_text(
+        "#!/bin/sh\nfor word; do case $word in --screenshot=*) out=${word#*=};; esac; done\n"
+        'echo "$word" > "$out"\n'  # the last argument is the page
+    )
+    browser.chmod(0o755)
+    page = tmp_path / "a page.html"
+    page.write_text(to_html(TEXT, [entity("東京", "city")]), encoding="utf-8")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    gliner_picture.main(page, picture)
+    assert picture.read_text().strip() == page.as_uri()
+    browser.write_text("#!/bin/sh\necho no display >&2\n")
+    with pytest.raises(SystemExit, match="drew nothing: no display"):
+        gliner_picture.main(page, picture)
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="no browser: expected one of chromium"):
+        gliner_picture.main(page, picture)
