@@ -53,6 +53,22 @@ def check_repeatable(case: testing.Case, dtype: torch.dtype, threads: int) -> No
         assert grad is None or torch.equal(grad, second[1][key]), key
 
 
+def check_threads(case: testing.Case, dtype: torch.dtype) -> None:
+    """One thread and three make the same bits, forward and backward."""
+    public, before, made = getattr(fastenc, case.op), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append(testing.run_with_gradients(public, *case.make(dtype)))
+    finally:
+        torch.set_num_threads(before)
+    (one, gradients), (three, others) = made
+    for a, b in zip(one, three, strict=True):
+        assert torch.equal(a, b)
+    for key, grad in gradients.items():
+        assert grad is None or torch.equal(grad, others[key]), key
+
+
 def check_compiles(fn, make_args, sizes=(3, 7, 12, 33, 64)) -> None:
     """``torch.compile(fullgraph=True)``: no break, at most two graphs over all sizes, equal."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -28,6 +28,11 @@ def test_repeatable(threads):
         op_tests.check_repeatable(case, torch.float32, threads)
 
 
+def test_threads_make_no_difference():
+    for case in testing.cases("geglu"):
+        op_tests.check_threads(case, torch.float32)
+
+
 def test_compiles():
     op_tests.check_compiles(
         lambda x: fastenc.geglu(x), lambda n: (torch.randn(n, 16, requires_grad=True),)

@@ -127,10 +127,14 @@ def test_context_is_the_text_alone(mode, tmp_path):
     model = gliner_tests.ours(theirs, tmp_path)
     for words in (WORDS[0], WORDS[2]):
         check(theirs, model, [words])
-    together, alone = logits_of(model, WORDS, LABELS)[0], []
-    for words in WORDS:
-        alone.append(logits_of(model, [words], LABELS)[0])
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    exact_model = copy.deepcopy(theirs)
+    exact_model.model.double()
+    together, valid = logits_of(model, WORDS, LABELS)
+    plain, exact = (
+        torch.cat([gliner_tests.their_logits(m, [words], LABELS)[0] for words in WORDS])
+        for m in (theirs, exact_model)
+    )
+    assert_parity("logits", together[valid], plain[valid], exact[valid])
 
 
 def test_dropout_is_seeded_and_bound_to_training(tmp_path):

@@ -30,6 +30,11 @@ def test_repeatable(threads):
         op_tests.check_repeatable(case, torch.float32, threads)
 
 
+def test_threads_make_no_difference():
+    for case in testing.cases("rope"):
+        op_tests.check_threads(case, torch.float32)
+
+
 def test_compiles():
     op_tests.check_compiles(lambda *args: fastenc.rope(*args), lambda n: _arguments(total=n))
 
@@ -60,6 +65,9 @@ def test_strides_do_not_matter():
         (x, cos, sin, wide(positions)),
     ):
         assert torch.equal(fastenc.rope(*changed), expected)
+    first_and_last = torch.stack([x, x + 1, 2 * x], 1)[:, ::2]
+    found = fastenc.rope(first_and_last, cos, sin, positions)
+    assert torch.equal(found, fastenc.rope(first_and_last.contiguous(), cos, sin, positions))
 
 
 def test_rotation_preserves_norm_and_inverts():

@@ -27,6 +27,11 @@ def test_repeatable(threads):
         op_tests.check_repeatable(case, torch.float32, threads)
 
 
+def test_threads_make_no_difference():
+    for case in testing.cases("segment_pool"):
+        op_tests.check_threads(case, torch.float32)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles(mode):
     def make(n):
