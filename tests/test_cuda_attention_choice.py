@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import cuda_model
 import pytest
@@ -19,6 +20,7 @@ static AttentionCase made(const int64_t* x, double scale) {
 extern "C" {
 int choose(const int64_t* x, double scale) { return int(choose_attention(made(x, scale))); }
 int choose_bwd(const int64_t* x) { return int(choose_attention_bwd(made(x, 1.0))); }
+int holds(const char* archs) { return holds_sm90a(archs); }
 int reach(const int64_t* x) { return local_reach(made(x, 1.0)); }
 }
 """
@@ -59,6 +61,27 @@ def test_the_local_kernel_serves_hopper(lib):
 )  # fmt: skip
 def test_all_else_is_general(lib, changed):
     assert lib.choose(case(**changed), 0.125) == GENERAL
+
+
+def test_code_for_hopper(lib):
+    assert lib.holds(b"80;90a") and lib.holds(b"90a")
+    assert not lib.holds(b"80;90") and not lib.holds(b"unknown targets")
+
+
+def test_every_field_of_a_case_is_set():
+    """A field that the host code forgets is false: no Hopper kernel would ever be chosen."""
+    sources = cuda_model.ROOT / "csrc/cuda"
+    text = (sources / "attention_choice.h").read_text()
+    body = re.sub(r"//.*", "", re.search(r"struct AttentionCase {(.*?)\n};", text, re.S)[1])
+    fields = [
+        name.strip()
+        for line in body.split(";")
+        for name in line.split(maxsplit=1)[1:]
+        for name in name.split(",")
+    ]
+    assert set(fields) == {*FIELDS, "scale"}
+    made = re.findall(r"\.(\w+) = ", (sources / "attention_sm90.cuh").read_text())
+    assert made == fields
 
 
 def test_a_scale_that_is_not_positive_is_general(lib):

@@ -3,8 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace fastenc {
+
+// Whether targets such as "80;90a" are of a library with code for Hopper's own instructions.
+constexpr bool holds_sm90a(std::string_view archs) {
+  return archs.find("90a") != std::string_view::npos;
+}
 
 enum class AttentionKernel {
   kGeneral,     // csrc/cuda/varlen_attention.cu: sm_80 and up, every case

@@ -1,8 +1,6 @@
 // Host side of the Hopper attention kernels: whether they serve a call, and their launches.
 #pragma once
 
-#include <string_view>
-
 #include "attention_choice.h"
 #include "attention_problem.cuh"
 
@@ -31,6 +29,7 @@ inline AttentionCase attention_case(const Launcher&, const AttentionCall& call) 
   return {
       .capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
                     device_attribute(cudaDevAttrComputeCapabilityMinor),
+      .sm90a = holds_sm90a(FASTENC_CUDA_ARCHS),
       .item_bytes = half ? 2 : 4,
       .head_dim = a.head_dim,
       .left = call.options.left,

@@ -82,8 +82,8 @@ __device__ __forceinline__ void rotate_by(T* tile, int first, int rows, const At
         turned_a[j] = fmaf(-b[j], signed_sin, a[j] * c[j]);
         turned_b[j] = fmaf(a[j], signed_sin, b[j] * c[j]);
       }
-      store<V>(x, turned_a);
-      store<V>(x + half, turned_b);
+      store<V, kShared>(x, turned_a);
+      store<V, kShared>(x + half, turned_b);
     }
   }
 }

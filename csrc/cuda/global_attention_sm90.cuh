@@ -73,10 +73,10 @@ __global__ __launch_bounds__(kRotateThreads) void rotate_rows_sm90(
   const int64_t seq = find_sequence(args.cu_seqlens, args.num_seqs, token);
   const int64_t at = (token - args.cu_seqlens[seq]) * (kHeadDim / 2) + chunk * 8;
   const T* x = from.at<T>(token, head) + chunk * 8;
-  rotate_chunk(x, x + kHeadDim / 2, out + row * kHeadDim + chunk * 8,
-               out + row * kHeadDim + kHeadDim / 2 + chunk * 8,
-               static_cast<const T*>(args.cos.data) + at,
-               static_cast<const T*>(args.sin.data) + at);
+  rotate_chunk<kGlobal>(x, x + kHeadDim / 2, out + row * kHeadDim + chunk * 8,
+                        out + row * kHeadDim + kHeadDim / 2 + chunk * 8,
+                        static_cast<const T*>(args.cos.data) + at,
+                        static_cast<const T*>(args.sin.data) + at);
 }
 
 struct GlobalTile {

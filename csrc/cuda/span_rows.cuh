@@ -100,7 +100,7 @@ __device__ __forceinline__ void make_span_rows(T* rows, const SpanArgs& args,
         drop_elements<V>(x, args, column, word, span.width, seed);
       }
     }
-    store<V>(rows + row * kSpanPitch<T> + local, x);
+    store<V, kShared>(rows + row * kSpanPitch<T> + local, x);
   }
 }
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_labels(T* rows, const SpanArgs& args, int32
     if (first + row < args.label_count && chunk + local < args.size) {
       load<V>(labels + (first + row) * args.label_stride + chunk + local, x);
     }
-    store<V>(rows + row * kSpanPitch<T> + local, x);
+    store<V, kShared>(rows + row * kSpanPitch<T> + local, x);
   }
 }
 

@@ -65,7 +65,7 @@ __global__ __launch_bounds__(kTokenThreads, kTokenBlocks<T>) void token_hidden_b
   T* dhidden = static_cast<T*>(pass.dhidden) + tile * args.size + chunk;
   visit_hidden<V, T>(products, pairs, args, chunk, token_seed(args),
                      [&](int row, int local, float (&y)[E]) {
-                       store_as_is<E>(products + row * kHiddenPitch + local, y);
+                       store_as_is<E, kShared>(products + row * kHiddenPitch + local, y);
                        if (row >= rows || chunk + local >= args.size) {
                          return;
                        }

@@ -108,7 +108,34 @@ __device__ __forceinline__ void load(const T* p, float (&out)[V]) {
   unpack(load<V>(p), out);
 }
 
-template <int V, typename T>
+enum Space { kGlobal, kShared };
+
+// One access. Each writes to its own memory only, whatever the pointer: __stwb is st.global. A
+// plain assignment would do for both, but is not one access: nvcc 13.0 takes it apart where the
+// words were put together from items, and stores 4 bytes at a time.
+template <Space kTo, typename W>
+__device__ __forceinline__ void store_word(W* p, const W& x) {
+  if constexpr (kTo == kGlobal) {
+    __stwb(p, x);
+  } else {
+#ifdef FASTENC_EMULATE
+    ::emulator::store_shared(p, x);
+#else
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+    if constexpr (sizeof(W) == 4) {
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+    } else if constexpr (sizeof(W) == 8) {
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x.x), "r"(x.y) : "memory");
+    } else {
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y),
+                   "r"(x.z), "r"(x.w)
+                   : "memory");
+    }
+#endif
+  }
+}
+
+template <int V, Space kTo = kGlobal, typename T>
 __device__ __forceinline__ void store_as_is(T* p, const T (&x)[V]) {
   if constexpr (V == 1) {
     *p = x[0];
@@ -118,24 +145,22 @@ __device__ __forceinline__ void store_as_is(T* p, const T (&x)[V]) {
     for (int i = 0; i < V; ++i) {
       pack.items[i] = x[i];
     }
-    // The intrinsic is one instruction by contract. A plain assignment is not: nvcc 13.0 takes it
-    // apart where the words were put together from items, and stores 4 bytes at a time.
     using W = typename Pack<T, V>::W;
 #pragma unroll
     for (int i = 0; i < Pack<T, V>::kWords; ++i) {
-      __stwb(reinterpret_cast<W*>(p) + i, pack.words[i]);
+      store_word<kTo>(reinterpret_cast<W*>(p) + i, pack.words[i]);
     }
   }
 }
 
-template <int V, typename T>
+template <int V, Space kTo = kGlobal, typename T>
 __device__ __forceinline__ void store(T* p, const float (&x)[V]) {
   T out[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     out[i] = narrow<T>(x[i]);
   }
-  store_as_is<V>(p, out);
+  store_as_is<V, kTo>(p, out);
 }
 
 template <int V>

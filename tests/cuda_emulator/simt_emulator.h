@@ -103,6 +103,19 @@ inline Machine& machine() {
   std::abort();
 }
 
+inline bool in_shared(const void* p) {
+  const Machine& m = machine();
+  return p >= m.shared && p < m.memory.data() + m.memory.size();
+}
+
+template <typename T>
+void store_shared(T* p, const T& x) {
+  if (!in_shared(p)) {
+    fail("st.shared with an address outside of shared memory");
+  }
+  *p = x;
+}
+
 inline void leave() {
   Machine& m = machine();
   swapcontext(&m.current->context, &m.scheduler);
@@ -368,8 +381,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {fastenc::from_float<fastenc::bf16>(x).bits};
 }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+// st.global and st.shared: with an address of the other memory they fault on a GPU.
 template <typename T>
 void __stwb(T* p, T x) {
+  if (emulator::in_shared(p)) {
+    emulator::fail("st.global with an address of shared memory");
+  }
   *p = x;
 }
 using std::exp2;

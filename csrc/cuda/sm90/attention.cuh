@@ -115,7 +115,7 @@ __device__ __forceinline__ void stage_rotation(T* cos, T* sin, const AttentionAr
 }
 
 // 8 elements of the first half of a row and the same ones of the second.
-template <typename T>
+template <Space kTo = kShared, typename T>
 __device__ __forceinline__ void rotate_chunk(const T* low, const T* high, T* to_low, T* to_high,
                                              const T* cos, const T* sin) {
   float a[8], b[8], c[8], s[8], turned_a[8], turned_b[8];
@@ -128,8 +128,8 @@ __device__ __forceinline__ void rotate_chunk(const T* low, const T* high, T* to_
     turned_a[j] = fmaf(-b[j], s[j], a[j] * c[j]);
     turned_b[j] = fmaf(a[j], s[j], b[j] * c[j]);
   }
-  store<8>(to_low, turned_a);
-  store<8>(to_high, turned_b);
+  store<8, kTo>(to_low, turned_a);
+  store<8, kTo>(to_high, turned_b);
 }
 
 // Rotates the rows of a tile in place; its row 0 is row `first` of the sequence and row `offset` of
