@@ -8,7 +8,7 @@ import re
 import cuda_model
 import pytest
 
-GENERAL, LOCAL, GLOBAL = 0, 1, 2
+GENERAL, LOCAL, GLOBAL, STREAM = range(4)
 
 SHIM = r"""
 #include "csrc/cuda/attention_choice.h"
@@ -108,9 +108,18 @@ def test_reach_is_the_narrowest_that_holds_the_window(lib):
     assert lib.reach(case(left=-1, right=-1, max_seqlen=0)) == 64
 
 
-def test_the_backward_serves_what_fits_into_shared_memory(lib):
+def test_the_backward_by_tiles_where_they_fit_into_shared_memory(lib):
     assert lib.choose_bwd(case()) == lib.choose_bwd(case(head_dim=32, left=128)) == LOCAL
-    for changed in ({"left": 65}, {"head_dim": 128}, {"capability": 80}, {"dropout": 1}):
+    for changed in ({"head_dim": 128}, {"capability": 80}, {"dropout": 1}):
         assert lib.choose_bwd(case(**changed)) == GENERAL
     short = case(head_dim=128, left=-1, right=-1, max_seqlen=60)
     assert lib.choose(short, 0.1) == LOCAL and lib.choose_bwd(short) == GLOBAL
+
+
+def test_the_backward_streams_where_they_do_not(lib):
+    for window in ({"left": 65}, {"right": 128}, {"left": -1, "right": 90, "max_seqlen": 129}):
+        assert lib.choose_bwd(case(**window)) == STREAM
+        assert lib.choose(case(**window), 0.1) == LOCAL
+    for changed in ({"left": 129}, {"right": -1}, {"capability": 100}, {"bias": 1}):
+        assert lib.choose_bwd(case(**{"left": 100, **changed})) == GENERAL
+    assert lib.choose_bwd(case(left=-1, right=-1, max_seqlen=130)) == GLOBAL

@@ -12,7 +12,7 @@ import pytest
 SHIM = r"""
 #include <initializer_list>
 
-#include "csrc/common/attention_tiles.h"
+#include "csrc/common/hopper_tiles.h"
 using namespace fastenc;
 extern "C" {
 
@@ -43,6 +43,16 @@ int32_t distance(int32_t query, int32_t key, int32_t radius) {
 }
 int32_t unlimited() { return kUnlimited; }
 
+// First rows of the blocks around a tile, in their order; returns how many.
+int32_t halo(int32_t first, int32_t length, int32_t back, int32_t ahead, int32_t* rows) {
+  const Halo around = halo_of(first, length, back, ahead);
+  for (int i = 0; i < around.count; ++i) rows[i] = halo_row(around, first, i);
+  return around.count;
+}
+int meet(int32_t first, int32_t other, int32_t length, int32_t back, int32_t ahead) {
+  return blocks_meet(first, other, length, back, ahead);
+}
+
 // Bytes of shared memory at its largest, of every shape that is launched.
 int64_t largest_bytes() {
   int64_t most = 0;
@@ -71,6 +81,8 @@ def lib(tmp_path_factory):
         ("sees_key", i32, *[i32] * 5),
         ("distance", i32, *[i32] * 3),
         ("unlimited", i32),
+        ("halo", i32, *[i32] * 4, pointer),
+        ("meet", i32, *[i32] * 5),
         ("largest_bytes", i64),
     ):
         function = getattr(library, name)
@@ -153,6 +165,29 @@ def test_fully_seen_says_that_no_mask_is_needed(lib, window):
 def test_clamped_distance(lib):
     for query, key, radius in itertools.product(range(12), range(12), (0, 1, 5, 20)):
         assert lib.distance(query, key, radius) == np.clip(key - query, -radius, radius)
+
+
+@pytest.mark.parametrize("back", [0, 1, 63, 64, 65, 128, 200, 2**30])
+@pytest.mark.parametrize("ahead", [0, 64, 127, 128, 129, 2**30])
+def test_the_blocks_around_a_tile_are_those_that_it_sees(lib, back, ahead):
+    rows = np.empty(32, dtype=np.int32)
+    for length in (1, 64, 128, 129, 192, 193, 257, 400, 1000):
+        seen = np.array([[max(q - back, 0), min(q + ahead + 1, length)] for q in range(length)])
+
+        def of_block(first, other, seen=seen, length=length):
+            part = seen[first : first + 64]
+            return bool(((part[:, 0] < min(other + 64, length)) & (part[:, 1] > other)).any())
+
+        for first in range(0, length, 128):
+            halo = rows[: lib.halo(first, length, back, ahead, rows.ctypes.data)].tolist()
+            own = [first, first + 64]
+            assert halo == [
+                other
+                for other in range(0, length, 64)
+                if other not in own and any(of_block(row, other) for row in own)
+            ]
+            for row, other in itertools.product(own, own + halo):
+                assert lib.meet(row, other, length, back, ahead) == of_block(row, other)
 
 
 def test_tiles_fit_the_shared_memory_of_ampere(lib):

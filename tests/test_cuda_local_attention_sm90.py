@@ -60,20 +60,39 @@ def test_forward(model, case, reach, heads_per_block, dtype):
 
 
 def gradients(model, problem, reach, heads_per_block, late=1, backwards=0):
-    """dq, dk, dv of the kernels from the kernels' own forward; None where there is no kernel."""
-    args, out, _ = problem.args()
-    how = (DTYPES[problem.dtype], reach, heads_per_block, late, backwards)
-    assert model.run_local_fwd(ctypes.byref(args), *how)
+    """dq, dk, dv of the kernels from the kernels' own forward. ``reach``: of the backward kernel
+    that holds a tile and its halo at once, or STREAM for the one that does not."""
+    args, out, lse = problem.args()
+    how = (heads_per_block, late, backwards)
+    dtype = DTYPES[problem.dtype]
+    if not model.run_local_fwd(ctypes.byref(args), dtype, reach or 128, *how):
+        for x, exact in zip((out, lse), problem.reference(torch.float64), strict=False):
+            x.copy_(exact)
     total, heads, head_dim = out.shape
     grads = list(cuda_model.poisoned(total, 3, heads, head_dim, dtype=out.dtype).unbind(1))
+    delta = cuda_model.poisoned(heads, total, dtype=torch.float32)
     call = cuda_model.AttentionGradArgs(
         args, *map(cuda_model.HeadRows.of, (problem.grad, *grads)),
-        problem.grad_lse.data_ptr(), None, None, problem.scale,
+        problem.grad_lse.data_ptr(), delta.data_ptr(), None, problem.scale,
     )  # fmt: skip
-    return grads if model.run_local_bwd(ctypes.byref(call), *how) else None
+    if reach == STREAM:
+        assert model.run_local_stream_bwd(ctypes.byref(call), dtype, *how)
+    else:
+        assert model.run_local_bwd(ctypes.byref(call), dtype, reach, *how)
+    return grads
 
 
+STREAM = 0
+STREAM_CASES = [
+    Case((260,), window=(128, 128), rope=True),
+    Case((1, 0, 63, 64, 65, 2, 130), heads=4, window=(100, 3), rope=True, packed=False),
+    Case((127, 128, 129), window=(0, 128)),
+    Case((600,), window=(128, 65), rope=True, scale=0.3),  # blocks on both sides, and far ones
+    Case((*[3] * 20, 0, 0), heads=2, window=(-1, -1), rope=True),
+]
 BACKWARD = [run for run in RUNS if run[0].head_dim * run[1] <= 64 * 64]
+BACKWARD += [(case, STREAM, 3, torch.bfloat16) for case in STREAM_CASES]
+BACKWARD += [(case, STREAM, 1, torch.float16) for case in STREAM_CASES[:2]]
 
 
 @pytest.mark.parametrize(("case", "reach", "heads_per_block", "dtype"), BACKWARD, ids=str)
@@ -101,18 +120,20 @@ def test_neighbours_do_not_leak(model):
     assert poisoned[70:160].isnan().all()
 
 
-def test_neighbours_do_not_leak_into_gradients(model):
-    problem = Problem(Case((70, 90, 40), heads=1, window=(64, 64), rope=True), torch.bfloat16)
-    grads = gradients(model, problem, 64, 1)
+@pytest.mark.parametrize(("reach", "window"), [(64, (64, 64)), (STREAM, (128, 128))])
+def test_neighbours_do_not_leak_into_gradients(model, reach, window):
+    problem = Problem(Case((70, 90, 40), heads=1, window=window, rope=True), torch.bfloat16)
+    grads = gradients(model, problem, reach, 1)
     for x in (problem.q, problem.k, problem.v, problem.grad):
         x[70:160] = float("nan")
     others = [*range(70), *range(160, 200)]
-    for before, after in zip(grads, gradients(model, problem, 64, 1), strict=True):
+    for before, after in zip(grads, gradients(model, problem, reach, 1), strict=True):
         assert torch.equal(before[others], after[others])
 
 
-@pytest.mark.parametrize(("source", "count"), [("", 10), ("_bwd", 6)])
-def test_what_it_compiles_to(source, count):
-    kernels, log = cuda_sass.compiled(f"local_attention{source}_sm90.cu")
-    assert len(kernels) == count
-    cuda_sass.check_hopper(kernels, log)
+@pytest.mark.parametrize(("name", "count"), [("", 10), ("_bwd", 6), ("_stream_bwd", 2)])
+def test_what_it_compiles_to(name, count):
+    kernels, log = cuda_sass.compiled(f"local_attention{name}_sm90.cu")
+    attention = {k: v for k, v in kernels.items() if k.startswith("local_attention_")}
+    assert len(attention) == count
+    cuda_sass.check_hopper(attention, log, producer=name == "_stream_bwd")

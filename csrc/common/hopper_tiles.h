@@ -91,6 +91,59 @@ struct LocalGradShape {
   static_assert(kBytes <= 227 * 1024);
 };
 
+// ---- windowed attention, backward, where a tile and its halo do not fit together ----------------
+
+// 128 rows stay, as queries and as keys; what lies in their reach streams by in blocks of 64, two
+// operands at a time: keys and values for grad_q, then queries and grad_out for grad_k and grad_v.
+// Warpgroup 0 loads (warp 0) and prepares (the others) for two warpgroups of 64 rows each.
+template <int kHeadDim>
+struct LocalStreamShape {
+  static constexpr int kGroups = 2;
+  static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
+  static constexpr int kPreparers = kGroupThreads - 32;
+  static constexpr int kRows = kGroups * kGroupRows;
+  static constexpr int kStays = kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
+  // Of 504 a thread of each warpgroup.
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  // Shared memory, in blocks of 64 rows: q, k, v and grad_out of the tiles that stay, two blocks
+  // each; the pairs that stream. Then lse and delta of the same rows, and the barriers.
+  static constexpr int kBlockBytes = kBoxRows * kHeadDim * 2;
+  static constexpr int kStayBytes = 4 * kGroups * kBlockBytes, kStageBytes = 2 * kBlockBytes;
+  static constexpr int kStream = kStays * kStayBytes;
+  static constexpr int kStayTerms = kStream + kStages * kStageBytes;
+  static constexpr int kStreamTerms = kStayTerms + kStays * 2 * kRows * 4;
+  static constexpr int kBarriers = kStreamTerms + kStages * 2 * kBoxRows * 4;
+  static constexpr int kTile = kBarriers + 3 * (kStays + kStages) * 8;
+  static constexpr int kBytes = kTile + 16;
+  static_assert(kBytes <= 227 * 1024);
+};
+
+// The blocks of 64 rows around a tile of two blocks that its rows see: `before` of them precede it.
+struct Halo {
+  int before, count;
+};
+
+// Rows see from `back` before to `ahead` after themselves. Tiles begin at multiples of 128.
+FASTENC_HD constexpr Halo halo_of(int first, int length, int back, int ahead) {
+  const int behind = length - first - 2 * kBoxRows;  // rows after the tile
+  const int rows_before = first < back ? first : back;
+  const int rows_after = behind < 0 ? 0 : behind < ahead ? behind : ahead;
+  const int before = (rows_before + kBoxRows - 1) / kBoxRows;
+  return {before, before + (rows_after + kBoxRows - 1) / kBoxRows};
+}
+
+// The first row of block i of the halo.
+FASTENC_HD constexpr int halo_row(const Halo& halo, int first, int i) {
+  return first + (i - halo.before + (i < halo.before ? 0 : 2)) * kBoxRows;
+}
+
+// Whether any of 64 rows from `first` on sees any of 64 rows from `other` on.
+FASTENC_HD constexpr bool blocks_meet(int first, int other, int length, int back, int ahead) {
+  return first < length && other < length && other > first - back - kBoxRows &&
+         other < first + kBoxRows + ahead;
+}
+
 // ---- attention without a window -----------------------------------------------------------------
 
 constexpr int kOrderThreads = 512;
@@ -130,6 +183,11 @@ struct GlobalGradShape {
   static constexpr int kTile = kBarriers + (2 + 2 * kStages) * 8;
   static constexpr int kBytes = kTile + 16;
 };
+
+// Blocks of the kernels that take a row, or a chunk of one, a thread.
+constexpr uint32_t rotate_blocks(int64_t items) {
+  return static_cast<uint32_t>(ceil_div(items, kRotateThreads));
+}
 
 // Heads that one block walks: all of them, unless that leaves SMs idle.
 constexpr int heads_per_block(int64_t slots, int heads, int64_t resident) {

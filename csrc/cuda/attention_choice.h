@@ -13,9 +13,10 @@ constexpr bool holds_sm90a(std::string_view archs) {
 }
 
 enum class AttentionKernel {
-  kGeneral,     // csrc/cuda/varlen_attention.cu: sm_80 and up, every case
-  kLocalSm90,   // csrc/cuda/local_attention_sm90.cu, local_attention_bwd_sm90.cu
-  kGlobalSm90,  // csrc/cuda/global_attention_sm90.cu, global_attention_bwd_sm90.cu
+  kGeneral,          // csrc/cuda/varlen_attention.cu: sm_80 and up, every case
+  kLocalSm90,        // csrc/cuda/local_attention_sm90.cu, local_attention_bwd_sm90.cu
+  kGlobalSm90,       // csrc/cuda/global_attention_sm90.cu, global_attention_bwd_sm90.cu
+  kLocalStreamSm90,  // csrc/cuda/local_attention_stream_bwd_sm90.cu, backward only
 };
 
 struct AttentionCase {
@@ -38,11 +39,15 @@ constexpr int64_t attention_reach(int64_t side, int64_t max_seqlen) {
   return side < 0 || side > most ? most : side;
 }
 
-// The template argument of the local kernels: keys before and after a query, 0 where none fits.
-constexpr int local_reach(const AttentionCase& c) {
+constexpr int64_t window_reach(const AttentionCase& c) {
   const int64_t left = attention_reach(c.left, c.max_seqlen);
   const int64_t right = attention_reach(c.right, c.max_seqlen);
-  const int64_t reach = left > right ? left : right;
+  return left > right ? left : right;
+}
+
+// The template argument of the local kernels: keys before and after a query, 0 where none fits.
+constexpr int local_reach(const AttentionCase& c) {
+  const int64_t reach = window_reach(c);
   // head_dim 128 leaves no shared memory for the wider stage.
   return reach <= 64 ? 64 : reach <= 128 && c.head_dim <= 64 ? 128 : 0;
 }
@@ -68,11 +73,12 @@ constexpr AttentionKernel choose_attention(const AttentionCase& c) {
 }
 
 constexpr AttentionKernel choose_attention_bwd(const AttentionCase& c) {
-  // Four tiles and their halo have to fit into shared memory.
-  const int64_t reach = local_reach(c);
-  const bool fits = reach > 0 && (c.head_dim == 32 || (c.head_dim == 64 && reach == 64));
+  // Four tiles and their halo have to fit into shared memory; else the halo streams.
+  const bool fits = local_reach(c) > 0 && c.head_dim * local_reach(c) <= 64 * 64;
+  const bool streams = c.head_dim == 64 && window_reach(c) <= 128;
   return !hopper_serves(c)    ? AttentionKernel::kGeneral
          : fits               ? AttentionKernel::kLocalSm90
+         : streams            ? AttentionKernel::kLocalStreamSm90
          : sees_everything(c) ? AttentionKernel::kGlobalSm90
                               : AttentionKernel::kGeneral;
 }

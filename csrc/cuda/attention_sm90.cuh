@@ -60,6 +60,11 @@ void local_attention_sm90_fwd(const Launcher& launcher, const AttentionCall& cal
 void local_attention_sm90_bwd(const Launcher& launcher, const AttentionCall& call,
                               const AttentionGradArgs& grads);
 
+// Needs choose_attention_bwd(attention_case(...)) == kLocalStreamSm90, of aligned gradients, and
+// `delta`.
+void local_attention_stream_sm90_bwd(const Launcher& launcher, const AttentionCall& call,
+                                     const AttentionGradArgs& grads);
+
 // Needs choose_attention(attention_case(...)) == kGlobalSm90. `like` says where workspaces go.
 void global_attention_sm90_fwd(const Launcher& launcher, const AttentionCall& call,
                                const Tensor& like);

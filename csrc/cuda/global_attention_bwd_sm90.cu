@@ -20,8 +20,6 @@ namespace {
 
 using namespace sm90;
 
-uint32_t blocks_of(int64_t items) { return static_cast<uint32_t>(ceil_div(items, kRotateThreads)); }
-
 template <typename T, int kHeadDim, bool kOfKeys>
 void launch_walk(const Launcher& launcher, const AttentionGradArgs& grads, const TileOrder& order,
                  const GlobalGradMaps& maps) {
@@ -48,12 +46,12 @@ void launch(const Launcher& launcher, AttentionGradArgs grads, const Tensor& lik
           args.cu_seqlens, args.num_seqs, order);
   const int64_t rows = args.total_tokens * args.heads;
   attention_delta_sm90<T, kHeadDim>
-      <<<blocks_of(rows), kRotateThreads, 0, launcher.stream()>>>(grads);
+      <<<rotate_blocks(rows), kRotateThreads, 0, launcher.stream()>>>(grads);
   Tensor q = order_memory, k = order_memory;
   if (args.cos.data != nullptr) {
     q = torch::stable::new_empty(like, {args.total_tokens, args.heads, args.head_dim});
     k = torch::stable::new_empty(like, {args.total_tokens, args.heads, args.head_dim});
-    const uint32_t blocks = blocks_of(rows * (kHeadDim / 16));
+    const uint32_t blocks = rotate_blocks(rows * (kHeadDim / 16));
     rotate_rows_sm90<T, kHeadDim>
         <<<blocks, kRotateThreads, 0, launcher.stream()>>>(args, args.q, mutable_data<T>(q));
     rotate_rows_sm90<T, kHeadDim>

@@ -9,39 +9,13 @@
 #pragma once
 
 #include "global_attention_sm90.cuh"
+#include "sm90/attention_grad.cuh"
 
 namespace fastenc::cuda::sm90 {
 
 struct GlobalGradMaps {
   TensorMap stay1, stay2, stream1, stream2;
 };
-
-// delta = sum_d out grad_out - grad_lse, of every row.
-template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kRotateThreads) void attention_delta_sm90(
-    const __grid_constant__ AttentionGradArgs args) {
-  const AttentionArgs& forward = args.forward;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRotateThreads + threadIdx.x;
-  const int64_t token = row / forward.heads;
-  if (token >= forward.total_tokens) {
-    return;
-  }
-  const int head = static_cast<int>(row % forward.heads);
-  const int64_t at = head * forward.total_tokens + token;
-  const T *out = forward.out.at<T>(token, head), *grad = args.grad_out.at<T>(token, head);
-  float delta = args.grad_lse == nullptr ? 0.0f : -args.grad_lse[at];
-#pragma unroll 4
-  for (int column = 0; column < kHeadDim; column += 8) {
-    float x[8], g[8];
-    load<8>(out + column, x);
-    load<8>(grad + column, g);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      delta = fmaf(x[j], g[j], delta);
-    }
-  }
-  args.delta[at] = delta;
-}
 
 template <int kHeadDim>
 struct GlobalGradMemory {
@@ -112,18 +86,16 @@ __device__ __forceinline__ void global_grad_consume(GlobalGradMemory<kHeadDim>& 
   const GlobalTile t{m.tile->start, m.tile->length, m.tile->first, m.tile->head};
   const int own = group * kGroupRows, first = t.first + own;
   const int64_t stats = t.head * forward.total_tokens + t.start;
-  float lse[2] = {}, delta[2] = {};
+  QueryTerms of_row[2] = {};
   if constexpr (!kOfKeys) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + group_row() + half * 8;
       if (row < t.length) {
-        lse[half] = forward.lse[stats + row] * kLog2e;
-        delta[half] = args.delta[stats + row];
+        of_row[half] = {forward.lse[stats + row] * kLog2e, args.delta[stats + row]};
       }
     }
   }
-  const uint32_t stay1 = shared_address(m.stay1), stay2 = shared_address(m.stay2);
   float first_sum[kHeadDim / 8][4] = {}, second_sum[kHeadDim / 8][4] = {};
 #pragma unroll 1
   for (int block = 0; block < t.length; block += Shape::kBlock) {
@@ -136,81 +108,21 @@ __device__ __forceinline__ void global_grad_consume(GlobalGradMemory<kHeadDim>& 
       fence_async_proxy();
       named_barrier(1 + Shape::kGroups, kConsumers);
     }
-    float s[8][4] = {}, dp[8][4] = {};
-    hold(s);
-    hold(dp);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      wgmma<T, false, false>(s, Stay::along_rows(stay1, own, k),
-                             Stream::along_rows(shared_address(stream1), 0, k), k > 0);
-      wgmma<T, false, false>(dp, Stay::along_rows(stay2, own, k),
-                             Stream::along_rows(shared_address(stream2), 0, k), k > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(s);
-    hold(dp);
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int column = block + n * 8 + pair_of_lane() + j;
-        const bool in = column < t.length;
-        float column_lse = 0.0f, column_delta = 0.0f;
-        if constexpr (kOfKeys) {
-          column_lse = in ? forward.lse[stats + column] * kLog2e : 0.0f;
-          column_delta = in ? args.delta[stats + column] : 0.0f;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = half * 2 + j;
-          const float p =
-              fast_exp2(fmaf(s[n][i], forward.scale_log2, kOfKeys ? -column_lse : -lse[half]));
-          s[n][i] = in ? p : 0.0f;
-          dp[n][i] = in ? p * (dp[n][i] - (kOfKeys ? column_delta : delta[half])) : 0.0f;
-        }
-      }
-    }
-    uint32_t p[4][4], ds[4][4];
-    pack_left<T>(ds, dp);
-    if constexpr (kOfKeys) {
-      pack_left<T>(p, s);
-      hold(second_sum);
-    }
-    hold(first_sum);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      wgmma<T, true>(first_sum, ds[k], Stream::across_rows(shared_address(stream1), k * 16), true);
-      if constexpr (kOfKeys) {
-        wgmma<T, true>(second_sum, p[k], Stream::across_rows(shared_address(stream2), k * 16),
-                       true);
-      }
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(first_sum);
-    if constexpr (kOfKeys) {
-      hold(second_sum);
-    }
+    add_block<T, Stay, Stream, kOfKeys>(
+        first_sum, second_sum, {m.stay1, m.stay2, own, stream1, stream2, 0}, forward.scale_log2,
+        [&](int half, int column) {
+          if (!kOfKeys || block + column >= t.length) {
+            return of_row[half];
+          }
+          const int64_t at = stats + block + column;
+          return QueryTerms{forward.lse[at] * kLog2e, args.delta[at]};
+        },
+        [&](int, int column) { return block + column < t.length; });
     m.stream.release();
   }
   m.stay.release();
-  if (forward.cos.data != nullptr) {
-    const T *cos = static_cast<const T*>(forward.cos.data),
-            *sin = static_cast<const T*>(forward.sin.data);
-    rotate_back(first_sum, cos, sin, [&](int half) {
-      const int row = first + group_row() + half * 8;
-      return static_cast<int64_t>(row < t.length ? row : 0) * (kHeadDim / 2);
-    });
-  }
-  const float factor[2] = {args.scale, args.scale}, one[2] = {1.0f, 1.0f};
-  store_accumulators<T>(first_sum, factor, kOfKeys ? args.dk : args.dq, t.head, t.start, first,
-                        t.length);
-  if constexpr (kOfKeys) {
-    store_accumulators<T>(second_sum, one, args.dv, t.head, t.start, first, t.length);
-  }
+  store_gradients<T, kOfKeys>(first_sum, second_sum, args, t.head, {0, t.start, t.length, t.first},
+                              first);
 }
 
 // Warpgroup 0 is the producer; work items as in the forward.

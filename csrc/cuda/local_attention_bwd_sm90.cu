@@ -1,4 +1,5 @@
-// Windowed attention on Hopper, backward: choose, launch. Device code:
+// Windowed attention on Hopper, backward where a tile and its halo fit into shared memory together
+// (local_attention_stream_bwd_sm90.cu serves the rest): choose, launch. Device code:
 // local_attention_bwd_sm90.cuh.
 //
 // A block owns 128 rows of a sequence, as queries and as keys, and brings q, k, v and grad_out of

@@ -1,7 +1,7 @@
 // Windowed attention on Hopper, backward, device code (see local_attention_bwd_sm90.cu).
 #pragma once
 
-#include "sm90/attention.cuh"
+#include "sm90/attention_grad.cuh"
 
 namespace fastenc::cuda::sm90 {
 
@@ -69,95 +69,11 @@ __device__ __forceinline__ void local_row_terms(const LocalGradMemory<T>& m,
   }
 }
 
-// d (64, 64) = rows of a from `a_row` on times the transposed rows of b from `b_row` on.
-template <typename T, typename Rows>
-__device__ __forceinline__ void multiply_rows(float (&d)[8][4], const unsigned char* a, int a_row,
-                                              const unsigned char* b, int b_row) {
-#pragma unroll
-  for (int k = 0; k < Rows::kChunks / 2; ++k) {
-    wgmma<T, false, false>(d, Rows::along_rows(shared_address(a), a_row, k),
-                           Rows::along_rows(shared_address(b), b_row, k), k > 0);
-  }
-}
-
-// d (64, head_dim) += weights (64, 64) times rows of b from `row` on.
-template <typename T, typename Rows, int kTiles>
-__device__ __forceinline__ void accumulate(float (&d)[kTiles][4], const uint32_t (&weights)[4][4],
-                                           const unsigned char* b, int row, bool onto) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    wgmma<T, true>(d, weights[k], Rows::across_rows(shared_address(b), row + k * 16),
-                   onto || k > 0);
-  }
-}
-
-// grad_q of this warpgroup's rows, over the blocks of 64 keys in their reach.
-template <typename T, int kHeadDim, int kReach>
-__device__ __forceinline__ void local_grad_queries(const LocalGradMemory<T>& m,
-                                                   const AttentionGradArgs& args, int head,
-                                                   int group) {
-  using Shape = LocalGradShape<kHeadDim, kReach>;
-  using Rows = Tile<kHeadDim, Shape::kTileRows>;
-  const AttentionArgs& forward = args.forward;
-  const AttentionTile tile = reread(*m.kept);
-  const int own = kReach + group * kGroupRows, first = tile.first + group * kGroupRows;
-  float lse[2], delta[2];
-  Range seen[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    lse[half] = m.lse[own + group_row() + half * 8];
-    delta[half] = m.delta[own + group_row() + half * 8];
-    seen[half] = seen_columns(group_row() + half * 8, first, tile.length, kReach, forward.left,
-                              forward.right);
-  }
-  float dq[kHeadDim / 8][4] = {};
-#pragma unroll 1
-  for (int block = 0; block < Shape::kBlocks; ++block) {
-    const int row = group * kGroupRows + block * kGroupRows;  // of the tile: the block's first key
-    float s[8][4] = {}, dp[8][4] = {};
-    hold(s);
-    hold(dp);
-    hold(dq);
-    wgmma_fence();
-    multiply_rows<T, Rows>(s, m.q, own, m.k, row);
-    multiply_rows<T, Rows>(dp, m.grad_out, own, m.v, row);
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(s);
-    hold(dp);
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = block * kGroupRows + n * 8 + pair_of_lane() + i % 2;
-        const bool in = column >= seen[i / 2].begin && column < seen[i / 2].end;
-        const float p = fast_exp2(fmaf(s[n][i], forward.scale_log2, -lse[i / 2]));
-        s[n][i] = in ? p * (dp[n][i] - delta[i / 2]) : 0.0f;
-      }
-    }
-    uint32_t ds[4][4];
-    pack_left<T>(ds, s);
-    hold(dq);
-    wgmma_fence();
-    accumulate<T, Rows>(dq, ds, m.k, row, block > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(dq);
-  }
-  const auto slot_of = [&](int half) {
-    return spread_slot(own + group_row() + half * 8) * (kHeadDim / 2);
-  };
-  if (forward.cos.data != nullptr) {
-    rotate_back(dq, m.cos, m.sin, slot_of);
-  }
-  const float factor[2] = {args.scale, args.scale};
-  store_accumulators<T>(dq, factor, args.dq, head, tile.start, first, tile.length);
-}
-
-// grad_k and grad_v of this warpgroup's rows, over the blocks of 64 queries that may see them.
-// Scores are transposed, so that the weights stay in registers.
-template <typename T, int kHeadDim, int kReach>
-__device__ __forceinline__ void local_grad_keys(const LocalGradMemory<T>& m,
+// grad_q of this warpgroup's rows, over the blocks of 64 keys in their reach; or (kOfKeys) grad_k
+// and grad_v, over the blocks of 64 queries that may see them, scores transposed, so that the
+// weights stay in registers.
+template <typename T, int kHeadDim, int kReach, bool kOfKeys>
+__device__ __forceinline__ void local_gradients(const LocalGradMemory<T>& m,
                                                 const AttentionGradArgs& args, int head,
                                                 int group) {
   using Shape = LocalGradShape<kHeadDim, kReach>;
@@ -165,60 +81,36 @@ __device__ __forceinline__ void local_grad_keys(const LocalGradMemory<T>& m,
   const AttentionArgs& forward = args.forward;
   const AttentionTile tile = reread(*m.kept);
   const int own = kReach + group * kGroupRows, first = tile.first + group * kGroupRows;
+  QueryTerms of_row[2];
   Range seen[2];  // a key is seen from `right` before it to `left` after it
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    seen[half] = seen_columns(group_row() + half * 8, first, tile.length, kReach, forward.right,
-                              forward.left);
+    const int row = group_row() + half * 8;
+    of_row[half] = {m.lse[own + row], m.delta[own + row]};
+    seen[half] =
+        seen_columns(row, first, tile.length, kReach, kOfKeys ? forward.right : forward.left,
+                     kOfKeys ? forward.left : forward.right);
   }
-  float dk[kHeadDim / 8][4] = {}, dv[kHeadDim / 8][4] = {};
+  float first_sum[kHeadDim / 8][4] = {}, second_sum[kHeadDim / 8][4] = {};
 #pragma unroll 1
   for (int block = 0; block < Shape::kBlocks; ++block) {
-    const int row = group * kGroupRows + block * kGroupRows;
-    float s[8][4] = {}, dp[8][4] = {};
-    hold(s);
-    hold(dp);
-    wgmma_fence();
-    multiply_rows<T, Rows>(s, m.k, own, m.q, row);
-    multiply_rows<T, Rows>(dp, m.v, own, m.grad_out, row);
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(s);
-    hold(dp);
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int in_block = n * 8 + pair_of_lane() + i % 2;
-        const int column = block * kGroupRows + in_block;
-        const bool in = column >= seen[i / 2].begin && column < seen[i / 2].end;
-        const float p = fast_exp2(fmaf(s[n][i], forward.scale_log2, -m.lse[row + in_block]));
-        s[n][i] = in ? p : 0.0f;
-        dp[n][i] = in ? p * (dp[n][i] - m.delta[row + in_block]) : 0.0f;
-      }
-    }
-    uint32_t p[4][4], ds[4][4];
-    pack_left<T>(p, s);
-    pack_left<T>(ds, dp);
-    hold(dv);
-    hold(dk);
-    wgmma_fence();
-    accumulate<T, Rows>(dv, p, m.grad_out, row, block > 0);
-    accumulate<T, Rows>(dk, ds, m.q, row, block > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(dv);
-    hold(dk);
+    const int met = (group + block) * kGroupRows;  // of the tile
+    const GradBlocks blocks = kOfKeys ? GradBlocks{m.k, m.v, own, m.q, m.grad_out, met}
+                                      : GradBlocks{m.q, m.grad_out, own, m.k, m.v, met};
+    add_block<T, Rows, Rows, kOfKeys>(
+        first_sum, second_sum, blocks, forward.scale_log2,
+        [&](int half, int column) {
+          return kOfKeys ? QueryTerms{m.lse[met + column], m.delta[met + column]} : of_row[half];
+        },
+        [&](int half, int column) {
+          column += block * kGroupRows;
+          return column >= seen[half].begin && column < seen[half].end;
+        });
   }
-  const auto slot_of = [&](int half) {
-    return spread_slot(own + group_row() + half * 8) * (kHeadDim / 2);
-  };
-  if (forward.cos.data != nullptr) {
-    rotate_back(dk, m.cos, m.sin, slot_of);
-  }
-  const float factor[2] = {args.scale, args.scale}, one[2] = {1.0f, 1.0f};
-  store_accumulators<T>(dk, factor, args.dk, head, tile.start, first, tile.length);
-  store_accumulators<T>(dv, one, args.dv, head, tile.start, first, tile.length);
+  store_gradients<T, kOfKeys>(
+      first_sum, second_sum, args, m.cos, m.sin,
+      [&](int half) { return spread_slot(own + group_row() + half * 8) * (kHeadDim / 2); }, head,
+      tile, first);
 }
 
 template <typename T, int kHeadDim, int kReach>
@@ -282,8 +174,8 @@ __global__ __launch_bounds__(
       fence_async_proxy();
       __syncthreads();
     }
-    local_grad_queries<T, kHeadDim, kReach>(m, args, head, group_id());
-    local_grad_keys<T, kHeadDim, kReach>(m, args, head, group_id());
+    local_gradients<T, kHeadDim, kReach, false>(m, args, head, group_id());
+    local_gradients<T, kHeadDim, kReach, true>(m, args, head, group_id());
     __syncthreads();  // everything is read
     if (threadIdx.x == 0 && head + 1 < last(*m.kept)) {
       load(reread(*m.kept), head + 1);

@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor> forward(const Launcher& launcher, const char* op, Att
     case AttentionKernel::kGlobalSm90:
       global_attention_sm90_fwd(launcher, call, like);
       return {out, lse};
+    case AttentionKernel::kLocalStreamSm90:  // the backward's
     case AttentionKernel::kGeneral:
       break;
   }

@@ -75,16 +75,18 @@ void backward(const Launcher& launcher, const char* op, AttentionCall* call,
   const AttentionKernel kernel = strides_fit_tma(grads.grad_out, a)
                                      ? choose_attention_bwd(attention_case(launcher, *call))
                                      : AttentionKernel::kGeneral;
-  if (kernel != AttentionKernel::kGeneral) {
-    grads.forward = a;
-    kernel == AttentionKernel::kLocalSm90 ? local_attention_sm90_bwd(launcher, *call, grads)
-                                          : global_attention_sm90_bwd(launcher, *call, grads, dq);
-    return;
-  }
   if (!dtable.has_value()) {
     grads.forward = a;
-    launch_backward(launcher, op, *call, grads);
-    return;
+    switch (kernel) {
+      case AttentionKernel::kLocalSm90:
+        return local_attention_sm90_bwd(launcher, *call, grads);
+      case AttentionKernel::kLocalStreamSm90:
+        return local_attention_stream_sm90_bwd(launcher, *call, grads);
+      case AttentionKernel::kGlobalSm90:
+        return global_attention_sm90_bwd(launcher, *call, grads, dq);
+      case AttentionKernel::kGeneral:
+        return launch_backward(launcher, op, *call, grads);
+    }
   }
   const Tensor partials =
       torch::stable::new_empty(dq, {call->slots(), dtable->numel()}, ScalarType::Float);

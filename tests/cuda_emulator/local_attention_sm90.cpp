@@ -1,6 +1,7 @@
 // The Hopper attention kernels as functions to call from Python.
 #include "csrc/cuda/local_attention_bwd_sm90.cuh"
 #include "csrc/cuda/local_attention_sm90.cuh"
+#include "csrc/cuda/local_attention_stream_bwd_sm90.cuh"
 #include "sm90_launch.h"
 
 using namespace fastenc;
@@ -30,6 +31,20 @@ int local_bwd(const AttentionGradArgs& grads, int heads_per_block, bool backward
   run(attention_slots(args.total_tokens, args.num_seqs, Shape::kRows),
       ceil_div(args.heads, heads_per_block), Shape::kThreads, Shape::kBytes, backwards,
       [&] { local_attention_bwd_sm90<T, kHeadDim, kReach>(maps, grads, heads_per_block); });
+  return 1;
+}
+
+template <typename T, int kHeadDim>
+int local_stream_bwd(const AttentionGradArgs& grads, int heads_per_block, bool backwards) {
+  using Shape = LocalStreamShape<kHeadDim>;
+  const AttentionArgs& args = grads.forward;
+  run(rotate_blocks(args.total_tokens * args.heads), 1, kRotateThreads, 0, backwards,
+      [&] { attention_delta_sm90<T, kHeadDim>(grads); });
+  const LocalStreamMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args),
+                             map_of(grads.grad_out, args)};
+  run(attention_slots(args.total_tokens, args.num_seqs, Shape::kRows),
+      ceil_div(args.heads, heads_per_block), Shape::kThreads, Shape::kBytes, backwards,
+      [&] { local_attention_stream_bwd_sm90<T, kHeadDim>(maps, grads, heads_per_block); });
   return 1;
 }
 
@@ -75,6 +90,19 @@ int run_local_bwd(const AttentionGradArgs* grads, int dtype, int reach, int head
       return local_bwd<bf16, 64, 64>(*grads, heads_per_block, backwards);
     case 2064064:
       return local_bwd<fp16, 64, 64>(*grads, heads_per_block, backwards);
+  }
+  return 0;
+}
+
+// Any window; `delta` is needed.
+int run_local_stream_bwd(const AttentionGradArgs* grads, int dtype, int heads_per_block, int late,
+                         int backwards) {
+  ::emulator::hopper().late = late;
+  switch (dtype * 1000 + grads->forward.head_dim) {
+    case 1064:
+      return local_stream_bwd<bf16, 64>(*grads, heads_per_block, backwards);
+    case 2064:
+      return local_stream_bwd<fp16, 64>(*grads, heads_per_block, backwards);
   }
   return 0;
 }
