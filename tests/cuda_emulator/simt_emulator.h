@@ -72,6 +72,7 @@ struct Fiber {
   State state = State::kDone;
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  std::vector<std::pair<unsigned char*, int>> unfenced;  // bytes of shared memory it wrote
 };
 
 struct Warp {
@@ -86,6 +87,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
+  std::vector<unsigned char> proxied;  // shared memory as the async proxy (TMA, wgmma) sees it
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
   int threads = 0, at_block = 0, live = 0;
@@ -114,6 +116,7 @@ void store_shared(T* p, const T& x) {
     fail("st.shared with an address outside of shared memory");
   }
   *p = x;
+  machine().current->unfenced.emplace_back(reinterpret_cast<unsigned char*>(p), sizeof(T));
 }
 
 inline void leave() {
@@ -189,7 +192,9 @@ inline void run_block(const std::function<void()>& body, bool backwards) {
   m.body = &body;
   m.live = m.threads;
   m.at_block = 0;
-  std::memset(m.shared, 0xff, m.memory.data() + m.memory.size() - m.shared);
+  const size_t bytes = m.memory.data() + m.memory.size() - m.shared;
+  std::memset(m.shared, 0xff, bytes);
+  m.proxied.assign(bytes, 0xff);
   for (int i = 0; i < m.threads; ++i) {
     Fiber& f = *m.fibers[i];
     getcontext(&f.context);
@@ -199,6 +204,7 @@ inline void run_block(const std::function<void()>& body, bool backwards) {
     f.index = i;
     f.open.clear();
     f.groups.clear();
+    f.unfenced.clear();
     makecontext(&f.context, entry, 0);
   }
   for (Warp& w : m.warps) {

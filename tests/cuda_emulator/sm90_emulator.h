@@ -6,6 +6,12 @@
 // Asynchronous work happens at one of two extremes that the hardware allows: at once, or only when
 // a wait demands it. A kernel that overwrites what is still read, or reads what has not come, gives
 // wrong numbers at one of them.
+//
+// What threads write to shared memory reaches TMA and wgmma by fence.proxy.async of the writing
+// thread only: until then the async proxy's view of these bytes differs, which is an error where it
+// reads or overwrites them. So is a product after a wait without a wgmma.fence between, and a TMA
+// load to a barrier whose initialisation was not published. Not modelled: that registers of a left
+// operand change between two products of one batch.
 #pragma once
 
 #include <map>
@@ -27,6 +33,7 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint64_t phase = 0;
   std::vector<Fiber*> waiting;
+  int owner = -1;  // who initialised it, until published
 };
 
 struct TensorCopy {
@@ -49,6 +56,7 @@ struct Hopper {
   struct Queue {
     std::vector<std::function<void()>> open;
     std::vector<std::vector<std::function<void()>>> groups;
+    bool fenced = false;
   };
   std::map<int, Queue> queues;  // by thread
 };
@@ -81,6 +89,15 @@ inline unsigned char* shared_at(uint32_t address, int bytes) {
   return m.shared + address;
 }
 
+inline unsigned char* proxied_at(uint32_t address) { return &machine().proxied[address]; }
+
+inline void fence_async_proxy() {
+  for (const auto& [at, bytes] : machine().current->unfenced) {
+    std::memcpy(proxied_at(shared_address(at)), at, bytes);
+  }
+  machine().current->unfenced.clear();
+}
+
 inline void block_on(std::vector<Fiber*>* list) {
   Fiber* me = machine().current;
   list->push_back(me);
@@ -101,7 +118,9 @@ inline void mbarrier_init(const void* at, uint32_t count) {
   if (reinterpret_cast<uintptr_t>(at) % 8) {
     fail("mbarrier: a misaligned address");
   }
-  hopper().mbarriers[at] = {static_cast<int>(count), static_cast<int>(count)};
+  Mbarrier& b = hopper().mbarriers[at];
+  b = {static_cast<int>(count), static_cast<int>(count)};
+  b.owner = machine().current->index;
 }
 
 inline Mbarrier& mbarrier_at(const void* at) {
@@ -110,6 +129,12 @@ inline Mbarrier& mbarrier_at(const void* at) {
     fail("mbarrier: not initialised");
   }
   return found->second;
+}
+
+inline void mbarrier_publish() {
+  for (auto& [at, b] : hopper().mbarriers) {
+    b.owner = b.owner == machine().current->index ? -1 : b.owner;
+  }
 }
 
 inline void settle(Mbarrier& b) {
@@ -156,7 +181,12 @@ inline void perform(const TensorCopy& c) {
         if (inside) {
           std::memcpy(&value, m.base + from, 2);
         }
-        std::memcpy(shared_at(xor_chunks(offset, m.swizzle), 2), &value, 2);
+        const uint32_t to = xor_chunks(offset, m.swizzle);
+        if (std::memcmp(shared_at(to, 2), proxied_at(to), 2) != 0) {
+          fail("TMA: overwrites what a thread wrote without fence.proxy.async");
+        }
+        std::memcpy(shared_at(to, 2), &value, 2);
+        std::memcpy(proxied_at(to), &value, 2);
       }
     }
   }
@@ -186,6 +216,9 @@ inline void tma_load(void* to, const TensorMap& map, const void* barrier, int x,
     fail("TMA: a box that its swizzle does not allow");
   }
   Mbarrier& b = mbarrier_at(barrier);
+  if (b.owner >= 0) {
+    fail("TMA: a barrier whose initialisation is not published");
+  }
   hopper().copies.push_back({static_cast<unsigned char*>(to), &map, &b, {x, y, z}});
   if (!hopper().late || !b.waiting.empty()) {
     demand(b);
@@ -209,8 +242,6 @@ inline void named_barrier(int id, int threads) {
   b.arrived = 0;
   wake(&b.waiting);
 }
-
-inline void fence_async_proxy() {}
 
 // ---- wgmma --------------------------------------------------------------------------------------
 
@@ -240,14 +271,24 @@ struct Operand {
     const uint32_t linear = transposed ? start + mn / in_row * leading + k / 8 * stride +
                                              k % 8 * row_bytes + mn % in_row * 2
                                        : start + mn / 8 * stride + mn % 8 * row_bytes + k * 2;
+    const uint32_t from = xor_chunks(linear, row_bytes);
     T value;
-    std::memcpy(&value, shared_at(xor_chunks(linear, row_bytes), 2), 2);
+    std::memcpy(&value, shared_at(from, 2), 2);
+    if (std::memcmp(&value, proxied_at(from), 2) != 0) {
+      fail("wgmma: reads what a thread wrote without fence.proxy.async");
+    }
     return fastenc::to_float(value);
   }
 };
 
+inline void wgmma_fence() { hopper().queues[machine().current->index].fenced = true; }
+
 inline void enqueue(std::function<void()> work) {
-  hopper().queues[machine().current->index].open.push_back(std::move(work));
+  auto& q = hopper().queues[machine().current->index];
+  if (!q.fenced) {
+    fail("wgmma: no wgmma.fence since registers were last free to change");
+  }
+  q.open.push_back(std::move(work));
 }
 
 inline void wgmma_commit() {
@@ -273,6 +314,7 @@ inline void wgmma_wait(size_t pending) {
     }
     q.groups.erase(q.groups.begin());
   }
+  q.fenced = false;
   meet_warp();
 }
 

@@ -178,8 +178,8 @@ __device__ __forceinline__ void clear_outside(unsigned char* tile, int first, in
   for (int i = thread; i < Tile::kRowCount * Tile::kChunks; i += kThreads) {
     const int row = first + i / Tile::kChunks;
     if (row < 0 || row >= length) {
-      *reinterpret_cast<uint4*>(tile + Tile::chunk_offset(i / Tile::kChunks, i % Tile::kChunks)) =
-          uint4{0, 0, 0, 0};
+      void* at = tile + Tile::chunk_offset(i / Tile::kChunks, i % Tile::kChunks);
+      store_word<kShared>(static_cast<uint4*>(at), uint4{0, 0, 0, 0});
     }
   }
 }

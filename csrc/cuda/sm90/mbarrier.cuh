@@ -28,7 +28,9 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arriva
 
 // By the thread that initialised, before the block's barrier: the async proxy sees the barriers.
 __device__ __forceinline__ void mbarrier_publish() {
-#ifndef FASTENC_EMULATE
+#ifdef FASTENC_EMULATE
+  ::emulator::mbarrier_publish();
+#else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

@@ -17,7 +17,9 @@ namespace fastenc::cuda::sm90 {
 
 // Before the first product that reads or writes registers written otherwise.
 __device__ __forceinline__ void wgmma_fence() {
-#ifndef FASTENC_EMULATE
+#ifdef FASTENC_EMULATE
+  ::emulator::wgmma_fence();
+#else
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
