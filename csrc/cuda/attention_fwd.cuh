@@ -56,7 +56,7 @@ class ForwardTile {
       step(queries, key, keys_ + stage * kKeys * kPitch, values_ + stage * kKeys * kPitch, seed);
       stage = Shape::kStages - 1 - stage;
     }
-    finish();
+    finish_tile<kWidth>(queries_, rows_, out_, top_, sum_, args_, tile_, head_);
   }
 
  private:
@@ -110,17 +110,6 @@ class ForwardTile {
       drop(s, place, tile_.start, head_, seed, args_.drop_below);
     }
     multiply<kWidth, kKeys>(out_, s, values, kPitch, staging_);
-  }
-
-  __device__ __forceinline__ void finish() {
-    float scale[2];
-    finish_rows(scale, top_, sum_, args_, tile_, head_);
-    // Every warp stages its own rows, where it has read its queries from.
-    __syncthreads();
-    stage_rows<kWidth>(queries_ + warp_id() * 16 * kPitch, kPitch, out_, scale[0], scale[1]);
-    __syncthreads();
-    store_tile<kWidth>(queries_, args_.out.template at<T>(tile_.start + tile_.first, head_),
-                       args_.out.token_stride, rows_, args_.head_dim, args_.vectors);
   }
 
   const AttentionArgs& args_;

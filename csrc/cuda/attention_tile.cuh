@@ -209,6 +209,23 @@ __device__ __forceinline__ void finish_rows(float (&scale)[2], const float (&top
   }
 }
 
+// The end of a forward tile: its lse and its output, `rows` rows, by way of `stage` (the rows of
+// the queries), which is free once every warp is here.
+template <int kWidth, typename T>
+__device__ __forceinline__ void finish_tile(T* stage, int rows, const float (&out)[kWidth / 8][4],
+                                            const float (&tops)[2], const float (&sums)[2],
+                                            const AttentionArgs& args, const AttentionTile& tile,
+                                            int head) {
+  constexpr int kPitch = AttentionShape<sizeof(T), kWidth>::kPitch;
+  float scale[2];
+  finish_rows(scale, tops, sums, args, tile, head);
+  __syncthreads();
+  stage_rows<kWidth>(stage + warp_id() * 16 * kPitch, kPitch, out, scale[0], scale[1]);
+  __syncthreads();
+  store_tile<kWidth>(stage, args.out.at<T>(tile.start + tile.first, head), args.out.token_stride,
+                     rows, args.head_dim, args.vectors);
+}
+
 // Zeros what dropout drops; what is kept is scaled later. Two neighbouring keys share a counter.
 template <int kTiles>
 __device__ __forceinline__ void drop(float (&p)[kTiles][4],

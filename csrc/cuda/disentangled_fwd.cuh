@@ -75,7 +75,7 @@ class DisentangledTile {
       }
       multiply<kWidth, kKeys>(out_, s, values_, kPitch, row_stage_);
     }
-    finish();
+    finish_tile<kWidth>(queries_, rows_, out_, top_, sum_, args_, tile_, head_);
   }
 
  private:
@@ -159,17 +159,6 @@ class DisentangledTile {
     if (args_.drop_below) {
       drop(s, place, tile_.start, head_, seed_, args_.drop_below);
     }
-  }
-
-  __device__ __forceinline__ void finish() {
-    float scale[2];
-    finish_rows(scale, top_, sum_, args_, tile_, head_);
-    // Every warp stages its own rows; the others may still pick, or read their queries.
-    __syncthreads();
-    stage_rows<kWidth>(queries_ + warp_id() * 16 * kPitch, kPitch, out_, scale[0], scale[1]);
-    __syncthreads();
-    store_tile<kWidth>(queries_, args_.out.template at<T>(tile_.start + tile_.first, head_),
-                       args_.out.token_stride, rows_, args_.head_dim, args_.vectors);
   }
 
   const AttentionArgs& args_;
