@@ -112,6 +112,19 @@ def test_one_pass_statistics_survive_a_large_mean():
     testing.assert_parity("normed", normed, F.layer_norm(x, (768,)), exact)
 
 
+def test_rows_far_from_zero_are_centred():
+    """A rounded mean is off by half a unit of 1e4, a twentieth of the spread; torch's stays so."""
+    x = (torch.randn(50, 768) * 0.01 + 1e4).requires_grad_()
+    normed, _ = fastenc.add_layer_norm(x, None, torch.ones(768), eps=1e-12)
+    rounding = 32 * torch.finfo(torch.float32).eps
+    y = normed.detach().double()
+    assert y.mean(-1).abs().max() < rounding
+    assert (y.var(-1, unbiased=False) - 1).abs().max() < rounding
+    normed.backward(normed.detach() + torch.randn(50, 768))
+    dx = x.grad.double()
+    assert (dx.mean(-1).abs() / dx.abs().amax(-1)).max() < rounding
+
+
 def test_autocast_on_cpu_follows_torch():
     x, residual, weight, bias = _arguments()
     with torch.autocast("cpu", dtype=torch.bfloat16):
