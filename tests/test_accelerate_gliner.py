@@ -124,7 +124,7 @@ def test_entities(kind, options):
     fastenc.restore(model)
     assert [type(x) for x in (model, model.model, model.decoder, model.data_processor)] == classes
     with fastenc.record() as ran:
-        assert model.inference(asked[:16], LABELS, **options) == expected[:16]  # whole batches
+        same(model.inference(asked[:20], LABELS, **options), expected[:20])
     assert ran.calls == {}
 
 
