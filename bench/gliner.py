@@ -9,7 +9,6 @@ minutes on two quiet cores.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import tempfile
 import warnings
@@ -312,8 +311,7 @@ def main(
 
 def earlier_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of the newest file of ``folder``, each with the date of its measurement."""
-    files = sorted(folder.glob("gliner-*.json"))
-    kept = json.loads(files[-1].read_text()) if files else {}
+    kept = measure.newest(folder, "gliner-*.json")
     return [{"date": kept["date"], **each} for each in kept.get("gliner", ())]
 
 

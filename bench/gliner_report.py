@@ -84,10 +84,9 @@ def main() -> None:
     if not found:
         raise SystemExit("no figures: python -m bench.gliner")
     results = max(found, key=lambda each: each["date"])
-    rows = [{"date": results["date"], **row} for row in results["gliner"]]
     readme = DOCS.parent / "README.md"
     text, count = MARKS.subn(
-        lambda m: f"{m[1]}\n{table(rows)}\n\n{heading(results)}\n\n{m[2]}",
+        lambda m: f"{m[1]}\n{table(results['gliner'])}\n\n{heading(results)}\n\n{m[2]}",
         readme.read_text(encoding="utf-8"),
     )
     if count != 1:

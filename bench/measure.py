@@ -91,6 +91,12 @@ def write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
+def newest(folder: Path, pattern: str) -> dict:
+    """What the last file of ``folder`` by name holds; {} if there is none."""
+    files = sorted(folder.glob(pattern))
+    return json.loads(files[-1].read_text()) if files else {}
+
+
 def seconds(fn: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     start = clock()
     fn()

@@ -92,8 +92,7 @@ def main(
     rows = [r for r in models.ROWS if not row or r.name in row]
     rows = [dataclasses.replace(r, rounds=rounds or r.rounds) for r in rows]
     path = measure.RESULTS / results["machine"]["name"] / f"{results['date']}.json"
-    earlier = sorted(path.parent.glob("20*.json"))  # the newest, of this day or another
-    before = json.loads(earlier[-1].read_text()) if earlier else {}
+    before = measure.newest(path.parent, "20*.json")
 
     def keep(model: dict) -> None:
         both = {**before, **results}

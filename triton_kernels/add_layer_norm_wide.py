@@ -72,6 +72,14 @@ def wide_forward_kernel(
 
 
 @triton.jit
+def _scaled_and_total(grad_ptr, weight_ptr, total_ptr, col, inside):
+    """grad * weight and total in the columns ``col``, fp32."""
+    scaled = tl.load(grad_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    scaled *= tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    return scaled, tl.load(total_ptr + col, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def wide_backward_kernel(
     grad_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, hidden,
     grad_stride, grad_total_stride, total_stride, HAS_GRAD_TOTAL: tl.constexpr,
@@ -91,9 +99,7 @@ def wide_backward_kernel(
     for first in range(0, hidden, BLOCK_C):
         col = first + step
         inside = col < hidden
-        scaled = tl.load(grad_ptr + col, mask=inside, other=0.0).to(tl.float32)
-        scaled *= tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-        total = tl.load(total_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        scaled, total = _scaled_and_total(grad_ptr, weight_ptr, total_ptr, col, inside)
         alongs += scaled * ((total - mean) * rstd)
         levels += scaled
     along = tl.sum(alongs, axis=0) / hidden
@@ -101,9 +107,7 @@ def wide_backward_kernel(
     for first in range(0, hidden, BLOCK_C):
         col = first + step
         inside = col < hidden
-        scaled = tl.load(grad_ptr + col, mask=inside, other=0.0).to(tl.float32)
-        scaled *= tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-        total = tl.load(total_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        scaled, total = _scaled_and_total(grad_ptr, weight_ptr, total_ptr, col, inside)
         dx = (scaled - level - (total - mean) * rstd * along) * rstd
         if HAS_GRAD_TOTAL:
             dx += tl.load(grad_total_ptr + col, mask=inside, other=0.0).to(tl.float32)

@@ -188,12 +188,11 @@ class ForwardChunk {
       const vf sum = load(sums_ + at);
       const vm empty = sum == zero();
       store(factors_ + v * kLanes, zero_unless(!empty, keep / sum));
-      const vf top = load(tops_ + at);
-      const vf lse = fma(top, set(scope_.unit), log(sum));
-      const vf defined = select(is_nan(sum), sum, lse);
-      const vf minus_infinity = set(-std::numeric_limits<float>::infinity());
       const int64_t token = begin + v * kLanes;
       if (call_.lse != nullptr && token < end) {
+        const vf lse = fma(load(tops_ + at), set(scope_.unit), log(sum));
+        const vf defined = select(is_nan(sum), sum, lse);
+        const vf minus_infinity = set(-std::numeric_limits<float>::infinity());
         store_n(call_.lse + scope_.head * p_.total_tokens + scope_.start + token,
                 select(empty, minus_infinity, defined), lanes_left(end, token));
       }

@@ -1,6 +1,7 @@
 // Host side of the Hopper attention kernels: whether they serve a call, and their launches.
 #pragma once
 
+#include "../common/hopper_tiles.h"
 #include "attention_choice.h"
 #include "attention_problem.cuh"
 
@@ -49,6 +50,20 @@ void allow_shared_memory(const char* op, Kernel kernel, int bytes) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+}
+
+// A kernel of blocks (tile of Shape::kRows rows, heads_per_block heads): kernel(maps, args, heads).
+template <typename Shape, typename Kernel, typename Maps, typename Args>
+void launch_tiles(const Launcher& launcher, const char* op, Kernel kernel,
+                  const AttentionArgs& sizes, int64_t resident, const Maps& maps,
+                  const Args& args) {
+  const int64_t slots = attention_slots(sizes.total_tokens, sizes.num_seqs, Shape::kRows);
+  const int heads = heads_per_block(slots, sizes.heads, resident);
+  allow_shared_memory(op, kernel, Shape::kBytes);
+  const dim3 grid(static_cast<uint32_t>(slots),
+                  static_cast<uint32_t>(ceil_div(sizes.heads, heads)));
+  kernel<<<grid, Shape::kThreads, Shape::kBytes, launcher.stream()>>>(maps, args, heads);
+  Launcher::check_launch(op);
 }
 
 // Needs choose_attention(attention_case(...)) == kLocalSm90, out and lse in call.args, and at least

@@ -38,9 +38,8 @@ void launch(const Launcher& launcher, const AttentionCall& call, const Tensor& l
   if (args.cos.data != nullptr) {
     keys = torch::stable::new_empty(like, {args.total_tokens, args.heads, args.head_dim});
     const int64_t items = args.total_tokens * args.heads * (kHeadDim / 16);
-    rotate_rows_sm90<T, kHeadDim>
-        <<<static_cast<uint32_t>(ceil_div(items, kRotateThreads)), kRotateThreads, 0,
-           launcher.stream()>>>(args, args.k, mutable_data<T>(keys));
+    rotate_rows_sm90<T, kHeadDim><<<rotate_blocks(items), kRotateThreads, 0, launcher.stream()>>>(
+        args, args.k, mutable_data<T>(keys));
     Launcher::check_launch("global attention");
     args.k = head_rows(keys);
   }

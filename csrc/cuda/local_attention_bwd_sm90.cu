@@ -27,14 +27,10 @@ void launch(const Launcher& launcher, const AttentionGradArgs& grads) {
   using Shape = LocalGradShape<kHeadDim, kReach>;
   const AttentionArgs& args = grads.forward;
   constexpr auto kKernel = local_attention_bwd_sm90<T, kHeadDim, kReach>;
-  const LocalGradMaps maps{rows_map<T>(args.q, args), rows_map<T>(args.k, args),
-                           rows_map<T>(args.v, args), rows_map<T>(grads.grad_out, args)};
-  const int64_t slots = attention_slots(args.total_tokens, args.num_seqs, Shape::kRows);
-  const int heads = heads_per_block(slots, args.heads, launcher.sm_count());
-  allow_shared_memory("local attention backward", kKernel, Shape::kBytes);
-  const dim3 grid(static_cast<uint32_t>(slots), static_cast<uint32_t>(ceil_div(args.heads, heads)));
-  kKernel<<<grid, Shape::kThreads, Shape::kBytes, launcher.stream()>>>(maps, grads, heads);
-  Launcher::check_launch("local attention backward");
+  const GradMaps maps{rows_map<T>(args.q, args), rows_map<T>(args.k, args),
+                      rows_map<T>(args.v, args), rows_map<T>(grads.grad_out, args)};
+  launch_tiles<Shape>(launcher, "local attention backward", kKernel, args, launcher.sm_count(),
+                      maps, grads);
 }
 
 template <typename T>

@@ -5,10 +5,6 @@
 
 namespace fastenc::cuda::sm90 {
 
-struct LocalGradMaps {
-  TensorMap q, k, v, grad_out;
-};
-
 // Where a block keeps its rows: tile rows, from `reach` before its first own row on.
 template <typename T>
 struct LocalGradMemory {
@@ -116,7 +112,7 @@ __device__ __forceinline__ void local_gradients(const LocalGradMemory<T>& m,
 template <typename T, int kHeadDim, int kReach>
 __global__ __launch_bounds__(
     LocalGradShape<kHeadDim, kReach>::kThreads,
-    1) void local_attention_bwd_sm90(const __grid_constant__ LocalGradMaps maps,
+    1) void local_attention_bwd_sm90(const __grid_constant__ GradMaps maps,
                                      const __grid_constant__ AttentionGradArgs args,
                                      int heads_per_block) {
 #ifdef FASTENC_SM90

@@ -30,12 +30,8 @@ void launch(const Launcher& launcher, const AttentionCall& call) {
   constexpr auto kKernel = local_attention_fwd_sm90<T, kHeadDim, kReach>;
   const LocalAttentionMaps maps{rows_map<T>(args.q, args), rows_map<T>(args.k, args),
                                 rows_map<T>(args.v, args)};
-  const int64_t slots = attention_slots(args.total_tokens, args.num_seqs, Shape::kRows);
-  const int heads = heads_per_block(slots, args.heads, launcher.sm_count() * Shape::kBlocksPerSm);
-  allow_shared_memory("local attention", kKernel, Shape::kBytes);
-  const dim3 grid(static_cast<uint32_t>(slots), static_cast<uint32_t>(ceil_div(args.heads, heads)));
-  kKernel<<<grid, Shape::kThreads, Shape::kBytes, launcher.stream()>>>(maps, args, heads);
-  Launcher::check_launch("local attention");
+  launch_tiles<Shape>(launcher, "local attention", kKernel, args,
+                      launcher.sm_count() * Shape::kBlocksPerSm, maps, args);
 }
 
 template <typename T>

@@ -13,10 +13,6 @@
 
 namespace fastenc::cuda::sm90 {
 
-struct LocalStreamMaps {
-  TensorMap q, k, v, grad_out;
-};
-
 // Of the tile's operands, two blocks each.
 enum StayPart { kStayQuery = 0, kStayKey = 2, kStayValue = 4, kStayGrad = 6 };
 
@@ -77,8 +73,7 @@ __device__ __forceinline__ Halo tile_halo(const AttentionArgs& args, const Atten
 
 // One thread.
 template <int kHeadDim>
-__device__ __forceinline__ void local_stream_load(const LocalStreamMaps& maps,
-                                                  const AttentionArgs& args,
+__device__ __forceinline__ void local_stream_load(const GradMaps& maps, const AttentionArgs& args,
                                                   const AttentionTile& tile, int first_head,
                                                   int last_head) {
   using Shape = LocalStreamShape<kHeadDim>;
@@ -277,7 +272,7 @@ __device__ __forceinline__ void local_stream_walk(LocalStreamMemory<kHeadDim>& m
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(
     LocalStreamShape<kHeadDim>::kThreads,
-    1) void local_attention_stream_bwd_sm90(const __grid_constant__ LocalStreamMaps maps,
+    1) void local_attention_stream_bwd_sm90(const __grid_constant__ GradMaps maps,
                                             const __grid_constant__ AttentionGradArgs args,
                                             int heads_per_block) {
 #ifdef FASTENC_SM90

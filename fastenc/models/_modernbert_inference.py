@@ -18,6 +18,14 @@ from fastenc.nn import VarlenBatch
 from fastenc.nn._modules import is_unhooked
 from fastenc.nn.linear import FEW_ROWS, PrepackedLinear, is_served
 
+GEGLU = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+}
 _KEEP_NOTHING = frozenset({nn.Linear, PrepackedLinear, nn.Dropout, nn.Identity})
 
 
@@ -27,9 +35,10 @@ def nobody_keeps(module: nn.Module) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     embeddings = module.embeddings
-    makes_new = type(embeddings.norm) is nn.LayerNorm
     ends = (embeddings, embeddings.norm, embeddings.drop)
-    return (makes_new and all(map(is_unhooked, ends))) and all(
+    if type(embeddings.norm) is not nn.LayerNorm or not all(map(is_unhooked, ends)):
+        return False  # else the norm has made a new tensor, and nobody has seen it
+    return all(
         type(part) in _KEEP_NOTHING and is_unhooked(part)
         for layer in module.layers
         for part in (
@@ -54,22 +63,19 @@ class Plan:
     narrow: tuple[Tensor, Tensor | None]
 
 
-def plan(
-    module: nn.Module, x: Tensor, turn_of: Callable[[str], object], activations: dict[str, str]
-) -> list[Plan] | None:
+def plan(module: nn.Module, x: Tensor, turn_of: Callable[[str], object]) -> list[Plan] | None:
     """The layers' plans; None where other code than the kernels below has to run.
 
     Args:
         module: as for ``modernbert_packed``, of which :func:`nobody_keeps` holds.
         x: (T, hidden).
         turn_of: the rotation of a layer type; has ``cos``, ``sin`` and ``rows``.
-        activations: of the gate, by class name.
     """
     plans = []
     for layer in module.layers:
         attn, mlp = layer.attn, layer.mlp
         turn = turn_of(layer.attention_type)
-        activation = activations.get(type(mlp.act).__name__)
+        activation = GEGLU.get(type(mlp.act).__name__)
         drops = (attn.out_drop, mlp.drop)
         if (
             turn.rows is not None
@@ -91,7 +97,6 @@ def plan(
         t
         for p in plans
         for t in (*p.qkv, *p.out, *p.mlp_norm[:2], *p.wide, *p.narrow, *(p.attn_norm or ())[:2])
-        if t is not None
     ]
     shapes = {(p.qkv[0].shape, p.out[0].shape, p.wide[0].shape, p.narrow[0].shape) for p in plans}
     return plans if len(shapes) == 1 and is_served(x, *tensors) else None
@@ -105,9 +110,7 @@ def _product(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return layer.weight, layer.bias
 
 
-def run(
-    plans: list[Plan], x: Tensor, batch: VarlenBatch, head_dim: int, final: nn.LayerNorm
-) -> Tensor:
+def run(plans: list[Plan], module: nn.Module, x: Tensor, batch: VarlenBatch) -> Tensor:
     """The last hidden state, (T, hidden). ``x``, (T, hidden), is overwritten.
 
     The branch, the norm that takes its place, and the next branch are one buffer; qkv and the
@@ -119,7 +122,7 @@ def run(
         ops.add_layer_norm_inplace_fwd.default,
         ops.rope_varlen_attention_into_fwd.default,
     )
-    rows = len(x)
+    rows, head_dim = len(x), module.layers[0].attn.head_dim
     inner, hidden = plans[0].wide[0].shape[0] // 2, plans[0].out[0].shape[0]
     heads = plans[0].out[0].shape[1] // head_dim
     room = x.new_empty(rows * max(3 * heads * head_dim, 2 * inner if rows < FEW_ROWS else inner))
@@ -152,5 +155,5 @@ def run(
         else:
             gated(branch, *layer.wide, layer.activation, gate)
             linear(gate, *layer.narrow, branch)
-    add_norm(branch, x, *_norm(final))
+    add_norm(branch, x, *_norm(module.final_norm))
     return branch

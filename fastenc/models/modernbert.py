@@ -37,15 +37,6 @@ from fastenc.ops import (
 from fastenc.ops._registry import note_fallback
 from fastenc.ops.add_layer_norm import add_layer_norm_inplace
 
-_GEGLU = {
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-}
-
 
 def modernbert_packed(
     module: nn.Module, inputs: PackedInputs, states: list[Tensor] | None = None
@@ -65,10 +56,9 @@ def modernbert_packed(
     rotate = _Rotations(module.rotary_emb, inputs, x)
     branch: Tensor | None = None
     ours = x.device.type == "cpu" and states is None and inference.nobody_keeps(module)
-    plans = inference.plan(module, x, rotate.of, _GEGLU) if ours else None
+    plans = inference.plan(module, x, rotate.of) if ours else None
     if plans:
-        head_dim = module.layers[0].attn.head_dim
-        return inference.run(plans, x, batch, head_dim, module.final_norm)
+        return inference.run(plans, module, x, batch)
     for layer in module.layers:
         turn = rotate.of(layer.attention_type)
         if states is not None:
@@ -142,7 +132,7 @@ def _norm(
 
 
 def _gate(mlp: nn.Module, x: Tensor) -> Tensor:
-    activation = _GEGLU.get(type(mlp.act).__name__)
+    activation = inference.GEGLU.get(type(mlp.act).__name__)
     if activation is not None:
         return gated(mlp.Wi, x, activation)
     note_fallback(f"ModernBERT: no gated kernel for {type(mlp.act).__name__}, plain PyTorch runs")

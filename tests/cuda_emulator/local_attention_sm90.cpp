@@ -26,8 +26,8 @@ template <typename T, int kHeadDim, int kReach>
 int local_bwd(const AttentionGradArgs& grads, int heads_per_block, bool backwards) {
   using Shape = LocalGradShape<kHeadDim, kReach>;
   const AttentionArgs& args = grads.forward;
-  const LocalGradMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args),
-                           map_of(grads.grad_out, args)};
+  const GradMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args),
+                      map_of(grads.grad_out, args)};
   run(attention_slots(args.total_tokens, args.num_seqs, Shape::kRows),
       ceil_div(args.heads, heads_per_block), Shape::kThreads, Shape::kBytes, backwards,
       [&] { local_attention_bwd_sm90<T, kHeadDim, kReach>(maps, grads, heads_per_block); });
@@ -40,8 +40,8 @@ int local_stream_bwd(const AttentionGradArgs& grads, int heads_per_block, bool b
   const AttentionArgs& args = grads.forward;
   run(rotate_blocks(args.total_tokens * args.heads), 1, kRotateThreads, 0, backwards,
       [&] { attention_delta_sm90<T, kHeadDim>(grads); });
-  const LocalStreamMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args),
-                             map_of(grads.grad_out, args)};
+  const GradMaps maps{map_of(args.q, args), map_of(args.k, args), map_of(args.v, args),
+                      map_of(grads.grad_out, args)};
   run(attention_slots(args.total_tokens, args.num_seqs, Shape::kRows),
       ceil_div(args.heads, heads_per_block), Shape::kThreads, Shape::kBytes, backwards,
       [&] { local_attention_stream_bwd_sm90<T, kHeadDim>(maps, grads, heads_per_block); });

@@ -5,6 +5,11 @@
 
 namespace fastenc::cuda::sm90 {
 
+// Of the kernels with a window.
+struct GradMaps {
+  TensorMap q, k, v, grad_out;
+};
+
 // delta = sum_d out grad_out - grad_lse, of every row.
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kRotateThreads) void attention_delta_sm90(
