@@ -138,6 +138,15 @@ inline Isa choose_isa(const char* wanted, Isa best) {
                            " is not possible on this machine; possible values: " + possible);
 }
 
+inline bool cpu_is_intel() {
+#if FASTENC_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // Chosen once per process: the best one, or what the environment variable FASTENC_CPU_ISA asks for.
 inline Isa active_isa() {
   static const Isa isa = choose_isa(std::getenv("FASTENC_CPU_ISA"), best_isa());

@@ -19,15 +19,6 @@ std::map<std::string, int64_t> launch_counts() {
   return counts;
 }
 
-bool cpu_is_intel() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -36,6 +27,5 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_isa", [] { return fastenc::cpu::isa_name(fastenc::cpu::active_isa()); },
       "The instruction set in use: avx512, avx2 or portable.");
-  module.def("cpu_is_intel", &cpu_is_intel, "Whether MKL knows this processor as its maker's.");
   fastenc::host::define_entities(module);
 }

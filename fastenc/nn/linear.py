@@ -1,14 +1,18 @@
 """Linear layers on a CPU: this library's matrix product, and weights packed once for oneDNN.
 
-torch's ``F.linear`` takes MKL for fp32, which keeps its best kernels for Intel's processors. On
-others with AVX2 :func:`linear` and :func:`product` take the op of :mod:`fastenc.ops.linear`, for
-the gradients too: the same rounding error, on an AMD EPYC (Zen 4) 1.05 to 1.4 times as fast for
-many rows and 1.2 to 3 times for few (``bench/bench_linear.py``). ``FASTENC_LINEAR=torch`` leaves
-every product to torch, ``FASTENC_LINEAR=fastenc`` none that the op serves.
+torch's ``F.linear`` takes MKL for fp32. With AVX2 :func:`linear` and :func:`product` take the op of
+:mod:`fastenc.ops.linear`, for the gradients too: the same rounding error, on an AMD EPYC (Zen 4)
+1.05 to 1.4 times as fast for many rows and 1.2 to 3 times for few; on an Intel Xeon (Sapphire
+Rapids), for which MKL keeps its best kernels, 0.93 to 0.96 times for many rows and 1 to 3 times for
+few (``bench/bench_linear.py``), and a model is faster for what the op does besides: it gates, and
+writes to memory that is there. ``FASTENC_LINEAR=torch`` leaves every product to torch,
+``FASTENC_LINEAR=fastenc`` none that the op serves. Where the user lets fp32 products be rounded to
+bf16 (``torch.set_float32_matmul_precision("medium")``), they are torch's.
 
 :func:`prepack` keeps a copy of the weight in oneDNN's blocked layout, at the memory of the weight
-again: in bf16, and in fp32 where the product above is not taken. oneDNN adds up longer runs: its
-fp32 error is 1.4 times MKL's at 384 and 768 inputs and 2.2 times at 1152 and more.
+again: in bf16, and in fp32 where the product above is not taken (no AVX2, or
+``FASTENC_LINEAR=torch``). oneDNN adds up longer runs: its fp32 error is 1.4 times MKL's at 384 and
+768 inputs and 2.2 times at 1152 and more.
 """
 
 from __future__ import annotations
@@ -161,6 +165,7 @@ def is_served(x: Tensor, *parameters: Tensor | None) -> bool:
         and x.numel() > 0
         and runs_on_cpu(*tensors)
         and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
     )
 
 
@@ -176,8 +181,7 @@ def prefers_own() -> bool:
         raise ValueError(f"FASTENC_LINEAR: expected torch or fastenc, got {asked!r}")
     if unavailable("linear", "cpu") is not None or asked == "torch":
         return False
-    vectors = _library._C.cpu_isa() != "portable"
-    return asked == "fastenc" or (vectors and not _library._C.cpu_is_intel())
+    return asked == "fastenc" or _library._C.cpu_isa() != "portable"
 
 
 class PrepackedLinear(nn.Linear):
