@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -52,10 +53,12 @@ def machine() -> dict[str, object]:
     """The machine of this run; ``name`` is the folder of its results."""
     from fastenc import _C
 
-    threads = torch.get_num_threads()
+    threads, cpu = torch.get_num_threads(), cpu_name()
+    maker = re.match(r"\w+", cpu)
+    parts = ["cpu", f"{threads}x", torch.backends.cpu.get_cpu_capability(), maker and maker[0]]
     return {
-        "name": f"cpu-{threads}x-{torch.backends.cpu.get_cpu_capability().lower()}",
-        "cpu": cpu_name(),
+        "name": "-".join(filter(None, parts)).lower(),
+        "cpu": cpu,
         "threads": threads,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "fastenc_isa": _C.cpu_isa(),
