@@ -173,6 +173,12 @@ def check_wanted_rows(modeling, ours: nn.Module, reference: nn.Module, monkeypat
     assert_parity("rows", *hidden)
     gradients = []
     for model, x in zip((ours, reference, exact_model), hidden, strict=True):
-        x.backward(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype))
-        gradients.append([{n: p.grad for n, p in model.named_parameters() if p.grad is not None}])
+        drawn = []
+        for seed in COTANGENTS:
+            model.zero_grad()
+            g = torch.Generator().manual_seed(seed)
+            x.backward(torch.randn(x.shape, generator=g).to(x.dtype), retain_graph=True)
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            drawn.append({name: grad.clone() for name, grad in grads.items()})
+        gradients.append(drawn)
     check_gradients(*gradients)
