@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,23 @@ def check_gradients(
     allowed = 2 * max(errors(plain).values()) + eps
     for name, error in errors(actual).items():
         assert error <= allowed, f"gradient of {name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check_draws(name: str, draws: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """The parity rule for a whole model's output, (actual, plain, exact) of several inputs.
+
+    Of one input plain PyTorch's worst error is a single draw: errors are the root mean square over
+    inputs.
+    """
+    draws = list(draws)
+    assert all(a.dtype == p.dtype and a.shape == e.shape for a, p, e in draws)
+
+    def error(which: int) -> float:
+        return math.sqrt(sum(max_error(of[which], of[2]) ** 2 for of in draws) / len(draws))
+
+    largest = max(exact.abs().max().item() for _, _, exact in draws)
+    allowed = 2 * error(1) + torch.finfo(draws[0][0].dtype).eps * largest
+    assert error(0) <= allowed, f"{name}: error {error(0):.3e}, allowed {allowed:.3e}"
 
 
 def far(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

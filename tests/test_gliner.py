@@ -9,7 +9,7 @@ import shutil
 import gliner_tests
 import pytest
 import torch
-from model_tests import COTANGENTS, check_gradients
+from model_tests import COTANGENTS, check_draws, check_gradients
 
 import fastenc
 from fastenc.nn import VarlenBatch
@@ -48,9 +48,13 @@ def logits_of(model, words, labels):
 
 def check(theirs, model, words=WORDS, labels=LABELS):
     """Logits on valid spans and every gradient, by the parity rule."""
-    ours, valid = logits_of(model, words, labels)
     exact_model = copy.deepcopy(theirs)
     exact_model.model.double()
+
+    def logits_of_each(words, labels):
+        ours, valid = logits_of(model, words, labels)
+        others = (gliner_tests.their_logits(m, words, labels)[0] for m in (theirs, exact_model))
+        return valid, (ours, *others)
 
     def run(logits, parameters):
         seen = logits[valid]
@@ -65,16 +69,18 @@ def check(theirs, model, words=WORDS, labels=LABELS):
             drawn.append(dict(zip(named, grads, strict=True)))
         return seen.detach(), drawn
 
-    plain, plain_grads = run(
-        gliner_tests.their_logits(theirs, words, labels)[0], theirs.model.named_parameters()
+    valid, logits = logits_of_each(words, labels)
+    owners = (model, theirs.model, exact_model.model)
+    seen, drawn = zip(
+        *(run(x, m.named_parameters()) for x, m in zip(logits, owners, strict=True)), strict=True
     )
-    exact, exact_grads = run(
-        gliner_tests.their_logits(exact_model, words, labels)[0],
-        exact_model.model.named_parameters(),
-    )
-    actual, grads = run(ours, model.named_parameters())
-    assert exact.std() > 0.1
-    assert_parity("logits", actual, plain, exact)
+    grads, plain_grads, exact_grads = drawn
+    assert seen[2].std() > 0.1
+    draws = [seen]
+    for other in ((words[::-1], labels), (words, labels[::-1])):
+        there, logits = logits_of_each(*other)
+        draws.append(tuple(x[there].detach() for x in logits))
+    check_draws("logits", draws)
     used = {n for n, g in exact_grads[0].items() if g is not None and g.abs().max() > 0}
     assert len(used) > 20 and all(g[n] is not None for g in grads for n in used)
     check_gradients(
@@ -88,7 +94,7 @@ def test_logits_and_gradients(backbone, tmp_path):
     with fastenc.record() as ran:
         check(theirs, gliner_tests.ours(theirs, tmp_path))
     assert ran.fallbacks == []
-    assert ran.calls["span_score"]["cpu"] == 1
+    assert ran.calls["span_score"]["cpu"] == 3  # of check's inputs
 
 
 @pytest.mark.parametrize("hidden", [512, 768])

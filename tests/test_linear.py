@@ -17,7 +17,7 @@ from fastenc.nn import linear
 @pytest.fixture(autouse=True)
 def packs_fp32(monkeypatch):
     """As on a machine that takes torch's product: fp32 weights are packed as well."""
-    monkeypatch.setattr(linear, "prefers_own", lambda: False)
+    monkeypatch.setattr(linear, "prefers_own", lambda gradients=False: False)
 
 
 def make(inputs=40, outputs=24, bias=True, dtype=torch.float32):

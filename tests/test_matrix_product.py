@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def own_product(monkeypatch):
-    monkeypatch.setattr(linear, "prefers_own", lambda: True)
+    monkeypatch.setattr(linear, "prefers_own", lambda gradients=False: True)
 
 
 def products(run) -> int:
@@ -178,13 +178,16 @@ def test_who_is_asked_for(monkeypatch):
     from fastenc.ops import _library
 
     choose = linear.prefers_own.__wrapped__
-    for asked, isa, own in (
-        ("", "avx2", True), ("", "avx512", True), ("", "portable", False),
-        ("torch", "avx512", False), ("fastenc", "portable", True),
+    for asked, intel, isa, own, with_gradients in (
+        ("", False, "avx2", True, True), ("", True, "avx512", True, False),
+        ("", False, "portable", False, False), ("torch", False, "avx512", False, False),
+        ("fastenc", True, "portable", True, True),
     ):  # fmt: skip
         monkeypatch.setenv("FASTENC_LINEAR", asked)
+        monkeypatch.setattr(_library._C, "cpu_is_intel", lambda intel=intel: intel)
         monkeypatch.setattr(_library._C, "cpu_isa", lambda isa=isa: isa)
-        assert choose() == own, (asked, isa)
+        assert choose() == own, (asked, intel, isa)
+        assert choose(gradients=True) == with_gradients, (asked, intel, isa)
     monkeypatch.setenv("FASTENC_LINEAR", "mkl")
     with pytest.raises(ValueError, match="FASTENC_LINEAR: expected torch or fastenc, got 'mkl'"):
         choose()

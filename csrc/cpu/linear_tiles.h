@@ -194,16 +194,19 @@ FASTENC_INLINE void copy_vector(const float* from, int64_t w_n, int64_t w_k, int
   }
 }
 
-// The rows of a tile where x lies along them: element (m, i) goes to to[i * M + m].
+// Rows of x where it lies along them, by tiles of M: element (m, i) goes to to[m / M * M * pitch +
+// i * M + m % M]. Each i is a page of its own: all its rows are copied in one visit.
 template <int M>
 FASTENC_INLINE void copy_across(const float* from, int64_t x_k, int64_t rows, int64_t run,
-                                float* to) {
+                                int64_t pitch, float* to) {
   for (int64_t i = 0; i < run; ++i) {
-    if (rows >= M) {
-      std::copy_n(from + i * x_k, M, to + i * M);
-    } else {
-      std::copy_n(from + i * x_k, rows, to + i * M);
+    const float* x = from + i * x_k;
+    float* tile = to + i * M;
+    int64_t m = 0;
+    for (; m + M <= rows; m += M, tile += M * pitch) {
+      std::copy_n(x + m, M, tile);
     }
+    std::copy_n(x + m, rows - m, tile);
   }
 }
 
@@ -322,10 +325,7 @@ FASTENC_INLINE void multiply_rows(const LinearProblem& p, Group group, int64_t r
     const float* x = p.x + top * p.x_m + r * run * p.x_k;
     int64_t pitch = p.x_m;
     if constexpr (kAcross) {
-      for (int64_t row = top; row < bottom; row += M) {
-        copy_across<M>(x + (row - top), p.x_k, bottom - row, part.length,
-                       x_copy + (row - top) * run);
-      }
+      copy_across<M>(x, p.x_k, bottom - top, part.length, run, x_copy);
       x = x_copy;
       pitch = run;
     }

@@ -27,5 +27,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_isa", [] { return fastenc::cpu::isa_name(fastenc::cpu::active_isa()); },
       "The instruction set in use: avx512, avx2 or portable.");
+  module.def("cpu_is_intel", &fastenc::cpu::cpu_is_intel,
+             "Whether MKL knows this processor as its maker's.");
   fastenc::host::define_entities(module);
 }

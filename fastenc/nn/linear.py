@@ -1,13 +1,14 @@
 """Linear layers on a CPU: this library's matrix product, and weights packed once for oneDNN.
 
 torch's ``F.linear`` takes MKL for fp32. With AVX2 :func:`linear` and :func:`product` take the op of
-:mod:`fastenc.ops.linear`, for the gradients too: the same rounding error, on an AMD EPYC (Zen 4)
-1.05 to 1.4 times as fast for many rows and 1.2 to 3 times for few; on an Intel Xeon (Sapphire
-Rapids), for which MKL keeps its best kernels, 0.93 to 0.96 times for many rows and 1 to 3 times for
-few (``bench/bench_linear.py``), and a model is faster for what the op does besides: it gates, and
-writes to memory that is there. ``FASTENC_LINEAR=torch`` leaves every product to torch,
-``FASTENC_LINEAR=fastenc`` none that the op serves. Where the user lets fp32 products be rounded to
-bf16 (``torch.set_float32_matmul_precision("medium")``), they are torch's.
+:mod:`fastenc.ops.linear`: the same rounding error, on an AMD EPYC (Zen 4) 1.05 to 1.4 times as fast
+for many rows and 1.2 to 3 times for few, gradients too. On an Intel Xeon (Sapphire Rapids), for
+which MKL keeps its best kernels, it is 0.93 to 0.96 times as fast for many rows and 1 to 3 times
+for few (``bench/bench_linear.py``), and a model is faster for what the op does besides: it gates,
+and writes to memory that is there; a product whose gradients are wanted is torch's there.
+``FASTENC_LINEAR=torch`` leaves every product to torch, ``FASTENC_LINEAR=fastenc`` none that the op
+serves. Where the user lets fp32 products be rounded to bf16
+(``torch.set_float32_matmul_precision("medium")``), they are torch's.
 
 :func:`prepack` keeps a copy of the weight in oneDNN's blocked layout, at the memory of the weight
 again: in bf16, and in fp32 where the product above is not taken (no AVX2, or
@@ -101,14 +102,15 @@ def product(
     """
     if torch.compiler.is_compiling():  # before what it cannot trace
         return F.linear(x, weight, bias)
-    if weight.dim() != 2 or not is_served(x, weight, bias):
+    gradients = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    if weight.dim() != 2 or not is_served(x, weight, bias, gradients=gradients):
         if x.numel() >= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled():
             weight = weight.contiguous()  # MKL is a third slower on a weight with gaps
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
+    if gradients:
         y = _Product.apply(rows, weight, bias)
     else:
         y = _run(rows, weight, bias, None if torch.is_grad_enabled() else out)
@@ -155,11 +157,11 @@ class _Product(torch.autograd.Function):
 FEW_ROWS = 64
 
 
-def is_served(x: Tensor, *parameters: Tensor | None) -> bool:
+def is_served(x: Tensor, *parameters: Tensor | None, gradients: bool = False) -> bool:
     """Whether fastenc's product is to be taken, and is for these tensors."""
     tensors = (x, *(p for p in parameters if p is not None))
     return (
-        prefers_own()
+        prefers_own(gradients)
         and all(t.dtype == torch.float32 for t in tensors)
         and x.dim() > 0
         and x.numel() > 0
@@ -170,8 +172,11 @@ def is_served(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 @functools.cache
-def prefers_own() -> bool:
+def prefers_own(gradients: bool = False) -> bool:
     """Whether fp32 products on this machine's CPU are fastenc's unless somebody else is asked for.
+
+    Args:
+        gradients: of products whose gradients are wanted.
 
     Raises:
         ValueError: FASTENC_LINEAR is neither "torch", "fastenc" nor empty.
@@ -181,7 +186,10 @@ def prefers_own() -> bool:
         raise ValueError(f"FASTENC_LINEAR: expected torch or fastenc, got {asked!r}")
     if unavailable("linear", "cpu") is not None or asked == "torch":
         return False
-    return asked == "fastenc" or _library._C.cpu_isa() != "portable"
+    if asked == "fastenc":
+        return True
+    vectors = _library._C.cpu_isa() != "portable"
+    return vectors and not (gradients and _library._C.cpu_is_intel())
 
 
 class PrepackedLinear(nn.Linear):
