@@ -99,11 +99,11 @@ def main(
         both["modernbert"] = merged(before.get("modernbert", {}), model)
         measure.write_json(path, both)
 
+    if "ops" in parts:  # first: plain attention's backward needs the memory that models would hold
+        before["ops"] = op_figures(False)
+        measure.write_json(path, {**before, **results})
     if set(parts) & {"rows", "training", "memory"}:
         models.run(rows, parts=parts, keep=keep)
-    if "ops" in parts:
-        both = json.loads(path.read_text()) if path.exists() else {**before, **results}
-        measure.write_json(path, {**both, "ops": op_figures(False)})
     report.write_docs()
     print(path)
 
