@@ -174,6 +174,17 @@ def test_other_kernels(other):
     assert run.returncode == 0, run.stdout[-2000:]
 
 
+def test_an_unknown_tile():
+    code = "import fastenc, torch; x = torch.randn(64, 64); "
+    code += "torch.ops.fastenc.linear_fwd(x, x, None, torch.empty(64, 64))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FASTENC_LINEAR_TILE": "tall"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "FASTENC_LINEAR_TILE: expected narrow or wide, got 'tall'" in run.stderr
+
+
 def test_who_is_asked_for(monkeypatch):
     from fastenc.ops import _library
 

@@ -50,8 +50,11 @@ int64_t threads_for(const LinearProblem& p) {
 // Chosen once per process: by the processor, or what FASTENC_LINEAR_TILE (narrow, wide) asks for.
 bool takes_wide_tile() {
   static const bool wide = [] {
-    const char* asked = std::getenv("FASTENC_LINEAR_TILE");
-    return asked == nullptr || *asked == '\0' ? cpu_is_intel() : *asked == 'w';
+    const char* given = std::getenv("FASTENC_LINEAR_TILE");
+    const std::string asked = given == nullptr ? "" : given;
+    STD_TORCH_CHECK(asked.empty() || asked == "narrow" || asked == "wide",
+                    "FASTENC_LINEAR_TILE: expected narrow or wide, got '", asked, "'");
+    return asked.empty() ? cpu_is_intel() : asked == "wide";
   }();
   return wide;
 }
