@@ -54,13 +54,12 @@ def machine() -> dict[str, object]:
     from fastenc import _C
 
     threads, cpu = torch.get_num_threads(), cpu_name()
-    maker = re.match(r"\w+", cpu)
-    parts = ["cpu", f"{threads}x", torch.backends.cpu.get_cpu_capability(), maker and maker[0]]
+    isa, maker = torch.backends.cpu.get_cpu_capability(), re.match(r"\w*", cpu)[0]
     return {
-        "name": "-".join(filter(None, parts)).lower(),
+        "name": f"cpu-{threads}x-{isa}-{maker}".lower(),
         "cpu": cpu,
         "threads": threads,
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch_isa": isa,
         "fastenc_isa": _C.cpu_isa(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }

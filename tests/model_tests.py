@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,12 @@ def outputs_and_gradients(
     g = torch.Generator().manual_seed(seed)
     total = sum((x * torch.randn(x.shape, generator=g).to(x)).sum() for x in outputs.values())
     total.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return outputs, gradients
+    return outputs, gradients_of(model)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters' gradients."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 COTANGENTS = (1, 2, 3)
@@ -125,13 +129,12 @@ def check_gradients(
         assert error <= allowed, f"gradient of {name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def check_draws(name: str, draws: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+def check_draws(name: str, draws: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """The parity rule for a whole model's output, (actual, plain, exact) of several inputs.
 
     Of one input plain PyTorch's worst error is a single draw: errors are the root mean square over
     inputs.
     """
-    draws = list(draws)
     assert all(a.dtype == p.dtype and a.shape == e.shape for a, p, e in draws)
 
     def error(which: int) -> float:
@@ -195,7 +198,6 @@ def check_wanted_rows(modeling, ours: nn.Module, reference: nn.Module, monkeypat
             model.zero_grad()
             g = torch.Generator().manual_seed(seed)
             x.backward(torch.randn(x.shape, generator=g).to(x.dtype), retain_graph=True)
-            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            drawn.append({name: grad.clone() for name, grad in grads.items()})
+            drawn.append(gradients_of(model))
         gradients.append(drawn)
     check_gradients(*gradients)

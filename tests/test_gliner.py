@@ -51,13 +51,12 @@ def check(theirs, model, words=WORDS, labels=LABELS):
     exact_model = copy.deepcopy(theirs)
     exact_model.model.double()
 
-    def logits_of_each(words, labels):
+    def seen_by_each(words, labels):
         ours, valid = logits_of(model, words, labels)
         others = (gliner_tests.their_logits(m, words, labels)[0] for m in (theirs, exact_model))
-        return valid, (ours, *others)
+        return tuple(logits[valid] for logits in (ours, *others))
 
-    def run(logits, parameters):
-        seen = logits[valid]
+    def gradients(seen, parameters):
         named = {n: p for n, p in parameters if p.requires_grad}
         drawn = []
         for seed in COTANGENTS:
@@ -67,20 +66,16 @@ def check(theirs, model, words=WORDS, labels=LABELS):
                 (seen * weights).sum(), list(named.values()), allow_unused=True, retain_graph=True
             )
             drawn.append(dict(zip(named, grads, strict=True)))
-        return seen.detach(), drawn
+        return drawn
 
-    valid, logits = logits_of_each(words, labels)
+    seen = seen_by_each(words, labels)
     owners = (model, theirs.model, exact_model.model)
-    seen, drawn = zip(
-        *(run(x, m.named_parameters()) for x, m in zip(logits, owners, strict=True)), strict=True
+    grads, plain_grads, exact_grads = (
+        gradients(x, m.named_parameters()) for x, m in zip(seen, owners, strict=True)
     )
-    grads, plain_grads, exact_grads = drawn
     assert seen[2].std() > 0.1
-    draws = [seen]
-    for other in ((words[::-1], labels), (words, labels[::-1])):
-        there, logits = logits_of_each(*other)
-        draws.append(tuple(x[there].detach() for x in logits))
-    check_draws("logits", draws)
+    others = ((words[::-1], labels), (words, labels[::-1]))
+    check_draws("logits", [seen, *(seen_by_each(*other) for other in others)])
     used = {n for n, g in exact_grads[0].items() if g is not None and g.abs().max() > 0}
     assert len(used) > 20 and all(g[n] is not None for g in grads for n in used)
     check_gradients(

@@ -9,7 +9,7 @@ import warnings
 import gliner_tests
 import pytest
 import torch
-from model_tests import check_gradients
+from model_tests import check_gradients, gradients_of
 
 from fastenc.testing import assert_parity
 from fastenc.train import GLiNERTrainer, GLiNERTrainingArguments
@@ -194,7 +194,7 @@ def test_out_of_memory_splits_the_batch_and_says_so(where, reduction, tmp_path, 
         model.zero_grad(set_to_none=True)
         trainer.current_gradient_accumulation_steps = 1
         loss = sum(trainer.training_step(model, batch) for _ in range(2))  # two accumulate
-        return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss, gradients_of(model)
 
     expected, gradients = step()
     whole, sizes = type(model).logits, []

@@ -66,8 +66,8 @@ void run_panels(const LinearProblem& p, int64_t columns, Kernel narrow, Kernel w
   const Kernel kernel = is_wide ? wide : narrow;
   const int64_t width = is_wide ? *FASTENC_FOR_ACTIVE_ISA(PanelTile<true>::kWidth)
                                 : *FASTENC_FOR_ACTIVE_ISA(PanelTile<false>::kWidth);
-  const int64_t height = is_wide ? *FASTENC_FOR_ACTIVE_ISA(PanelTile<true>::kHeight)
-                                 : *FASTENC_FOR_ACTIVE_ISA(PanelTile<false>::kHeight);
+  const int64_t height = is_wide ? *FASTENC_FOR_ACTIVE_ISA(PanelTile<true>::kRows)
+                                 : *FASTENC_FOR_ACTIVE_ISA(PanelTile<false>::kRows);
   const int64_t panels = (columns + width - 1) / width, blocks = (p.m + height - 1) / height;
   const Grid grid = cut(blocks, height, panels, threads_for(p));
   parallel_for(grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {

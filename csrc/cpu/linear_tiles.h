@@ -146,7 +146,7 @@ template <bool kWide>
 struct PanelTile {
   static constexpr int kRows = kWideRegisters ? (kWide ? 9 : 8) : 4;
   static constexpr int kVectors = kWideRegisters && !kWide ? 2 : 3;
-  static constexpr int64_t kHeight = kRows, kWidth = kVectors * kLanes;
+  static constexpr int64_t kWidth = kVectors * kLanes;
   // Rows of x that stay in L2 while the panels of a group pass.
   static constexpr int64_t kRowsInL2 = 160 / kRows * kRows;
 };
