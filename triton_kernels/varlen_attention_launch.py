@@ -89,8 +89,8 @@ def forward(need: Need, chip: Chip) -> Launches:
         return (INTERPRETED,)
     if need.fp32:  # 4 warps spill at head_dim 128
         return (Launch(32, 32 if need.head_dim <= 128 else 16, 8, 2),)
-    if need.head_dim > 128:
-        return (Launch(64, 32, 8, 2),)
+    if need.head_dim > 128:  # a second stage takes 68 KB of shared memory
+        return (Launch(64, 32, 8, 1 if chip.backend == "hip" else 2),)
     if chip.backend == "hip":  # 64 KB of shared memory hold two stages
         return (Launch(128, 64 if need.head_dim <= 64 else 32, 4, 2),)
     if need.head_dim > 64 and not _large(chip):  # (128, 64) spills with extras
@@ -111,7 +111,10 @@ def backward(need: Need, chip: Chip) -> Launches:
             return (Launch(32, 32, 4, 1),)
         return (Launch(32, 32, 8, 2) if need.head_dim <= 128 else Launch(16, 16, 8, 2),)
     if need.head_dim > 128:  # 64 rows spill where dropout meets a bias, or RoPE and a window
+        if chip.backend == "hip":  # 64 rows take 72 KB of shared memory
+            return (Launch(32, 16, 4, 1),)
         crowded = need.dropout and (need.bias or (need.rope and need.limited))
+        crowded &= chip.arch < 100
         return (Launch(32, 32, 8, 2) if crowded else Launch(64, 16, 8, 2),)
     if chip.backend == "hip":
         one_stage = need.head_dim > 64 and need.extras
@@ -123,8 +126,8 @@ def backward(need: Need, chip: Chip) -> Launches:
         if need.extras:
             return (small,)
         return (Launch(64, 64, 4, 2), small)  # dq 157, dk and dv 224
-    if not _large(chip):
-        return (Launch(128, 16, 8, 2),)
+    if not _large(chip):  # 32 spill with a bias, and at head_dim 128
+        return (Launch(128, 16 if need.bias or need.head_dim > 96 else 32, 8, 2),)
     if need.extras:  # (128, 32) spills, and (64, 32) with dropout and bias together on Triton 3.9
         return (Launch(64, 16 if need.dropout and need.bias else 32, 8, 2),)
     return (Launch(128, 32, 8, 2), Launch(64, 32, 8, 2))
