@@ -34,6 +34,13 @@
 //   AVX-512, 2   176   0.72   0.71    0.68    0.91     0.94   1.11    1.26    1.39
 //   AVX2, 1       97   0.67   0.71    0.66    0.69     0.79   0.92    0.92    0.87
 //   AVX2, 2      168   0.67   0.83    0.72    0.73     0.88   0.93    1.02    0.99
+//
+// Zen 3 (AVX2 only), two threads, 2026-11-30, sgemm 136: 0.90, 0.68, 0.68, 0.72 and 0.78, 0.86,
+// 0.98, 0.87. There, one thread, a block of 16 queries with a window of 64 takes 10 us: products
+// 6.6 (0.90 of the peak), softmax 0.9, packing and writing 2.7 to 3.3, which is memory. Tried, no
+// gain there: keys in a ring that stays in L2 with the next block's rows prefetched between the
+// tiles of this one's products (the products lose what the packing wins), tasks of 128 and 256
+// queries, rows packed without a loop (twice as fast from L1, not from memory), huge pages.
 
 #include <algorithm>
 #include <cstdint>
