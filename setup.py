@@ -125,6 +125,11 @@ def included(source: str) -> list[str]:
     return found
 
 
+def object_folder(archs: list[str]) -> str:
+    """Where objects are kept for the next build, and for the tests that read them."""
+    return os.path.join(ROOT, "build", "-".join(["cuda", *archs]))
+
+
 def compile_cuda(nvcc: str, source: str, build_dir: str, flags: list[str]) -> str:
     """One object file, unless nothing that it depends on has changed; ptxas' words beside it."""
     stem = os.path.join(build_dir, os.path.splitext(os.path.basename(source))[0])
@@ -185,8 +190,8 @@ class Build(BuildExtension):
             return
         nvcc, _ = choose_cuda(os.environ)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        library = self.get_ext_fullpath(ext.name)
-        build_cuda(nvcc, cuda_archs(os.environ), f"{self.build_temp}/cuda", library, jobs)
+        archs, library = cuda_archs(os.environ), self.get_ext_fullpath(ext.name)
+        build_cuda(nvcc, archs, object_folder(archs), library, jobs)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,13 @@ def cuobjdump() -> str:
 def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
     """Kernels of ``csrc/cuda/<source>`` for ``arch`` by demangled name, and what nvcc said.
 
-    Skips where nvcc or cuobjdump is missing. Objects are kept where test_cuda_library keeps them.
+    Skips where nvcc or cuobjdump is missing. Objects are kept where setup.py keeps them.
     """
     build = setup_script()
     nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
     if nvcc is None:
         pytest.skip(line)
-    tool, folder = cuobjdump(), ROOT / "build" / "cuda_test"
+    tool, folder = cuobjdump(), Path(build.object_folder(list(ARCHS)))
     folder.mkdir(parents=True, exist_ok=True)
     path = str(ROOT / "csrc" / "cuda" / source)
     flags = build.nvcc_flags(list(ARCHS))

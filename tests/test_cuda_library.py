@@ -77,7 +77,7 @@ def library(build):
     nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
     if nvcc is None:
         pytest.skip(line)
-    folder = ROOT / "build" / "cuda_test"
+    folder = Path(build.object_folder(list(ARCHS)))
     path = folder / "_cuda.so"
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     build.build_cuda(nvcc, list(ARCHS), str(folder), str(path), jobs)

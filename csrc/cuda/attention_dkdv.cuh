@@ -49,7 +49,10 @@ class KeyGradTile {
     const uint64_t seed = args_.drop_below ? static_cast<uint64_t>(*args_.seed) : 0;
     int stage = 0;
     for (int query = seen_.begin; query < seen_.end; query += kQueries) {
-      arrive(query, stage);
+      await_block<Shape::kStages, kQueries>(query, seen_.end, stage,
+                                            [this](int at, int to) { fetch(at, to); });
+      rotate_block<kQueries, kWidth>(queries_ + stage * kQueries * kPitch, query, seen_.end - query,
+                                     args_);
       step(keys, values, query, stage, seed);
       stage = Shape::kStages - 1 - stage;
     }
@@ -71,27 +74,6 @@ class KeyGradTile {
       const int64_t at = head_ * args_.total_tokens + first + threadIdx.x;
       bases_[stage * kQueries + threadIdx.x] = inside ? exponent_base(args_.lse[at]) : INFINITY;
       deltas_[stage * kQueries + threadIdx.x] = inside ? grads_.delta[at] : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void arrive(int query, int stage) {
-    if constexpr (Shape::kStages == 1) {
-      __syncthreads();
-      fetch(query, 0);
-      cp_async_commit();
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    if constexpr (Shape::kStages == 2) {
-      if (query + kQueries < seen_.end) {
-        fetch(query + kQueries, 1 - stage);
-      }
-      cp_async_commit();
-    }
-    if (args_.cos.data != nullptr) {
-      rotate_tile<kQueries, kWidth>(queries_ + stage * kQueries * kPitch, query, seen_.end - query,
-                                    args_);
-      __syncthreads();
     }
   }
 

@@ -52,7 +52,9 @@ class ForwardTile {
     const uint64_t seed = args_.drop_below ? static_cast<uint64_t>(*args_.seed) : 0;
     int stage = 0;
     for (int key = seen_.begin; key < seen_.end; key += kKeys) {
-      arrive(key, stage);
+      await_block<Shape::kStages, kKeys>(key, seen_.end, stage,
+                                         [this](int at, int to) { fetch(at, to); });
+      rotate_block<kKeys, kWidth>(keys_ + stage * kKeys * kPitch, key, seen_.end - key, args_);
       step(queries, key, keys_ + stage * kKeys * kPitch, values_ + stage * kKeys * kPitch, seed);
       stage = Shape::kStages - 1 - stage;
     }
@@ -61,34 +63,8 @@ class ForwardTile {
 
  private:
   __device__ __forceinline__ void fetch(int key, int stage) {
-    const int rows = seen_.end - key;
-    load_tile<kKeys, kWidth>(keys_ + stage * kKeys * kPitch,
-                             args_.k.template at<T>(tile_.start + key, head_), args_.k.token_stride,
-                             rows, args_.head_dim, args_.vectors);
-    load_tile<kKeys, kWidth>(values_ + stage * kKeys * kPitch,
-                             args_.v.template at<T>(tile_.start + key, head_), args_.v.token_stride,
-                             rows, args_.head_dim, args_.vectors);
-  }
-
-  // The keys of this step are there, turned; those of the next are on their way.
-  __device__ __forceinline__ void arrive(int key, int stage) {
-    if constexpr (Shape::kStages == 1) {
-      __syncthreads();
-      fetch(key, 0);
-      cp_async_commit();
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    if constexpr (Shape::kStages == 2) {
-      if (key + kKeys < seen_.end) {
-        fetch(key + kKeys, 1 - stage);
-      }
-      cp_async_commit();
-    }
-    if (args_.cos.data != nullptr) {
-      rotate_tile<kKeys, kWidth>(keys_ + stage * kKeys * kPitch, key, seen_.end - key, args_);
-      __syncthreads();
-    }
+    load_keys<kKeys, kWidth>(keys_ + stage * kKeys * kPitch, values_ + stage * kKeys * kPitch,
+                             args_, tile_, head_, key, seen_.end - key);
   }
 
   template <typename Left>

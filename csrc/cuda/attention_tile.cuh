@@ -100,6 +100,46 @@ __device__ __forceinline__ void rotate_tile(T* tile, int first, int rows, const 
   }
 }
 
+// A block of keys and values from `key` on, `rows` of which exist.
+template <int kKeys, int kWidth, typename T>
+__device__ __forceinline__ void load_keys(T* keys, T* values, const AttentionArgs& args,
+                                          const AttentionTile& tile, int head, int key, int rows) {
+  const int64_t first = tile.start + key;
+  load_tile<kKeys, kWidth>(keys, args.k.template at<T>(first, head), args.k.token_stride, rows,
+                           args.head_dim, args.vectors);
+  load_tile<kKeys, kWidth>(values, args.v.template at<T>(first, head), args.v.token_stride, rows,
+                           args.head_dim, args.vectors);
+}
+
+// A step of the walk over the other side, kBlock rows at a time: on return the block from `at` on
+// is in stage `stage`, of two the other one is being filled. `fetch(at, stage)` starts a copy.
+template <int kStages, int kBlock, typename Fetch>
+__device__ __forceinline__ void await_block(int at, int end, int stage, const Fetch& fetch) {
+  if constexpr (kStages == 1) {
+    __syncthreads();
+    fetch(at, 0);
+    cp_async_commit();
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  if constexpr (kStages == 2) {
+    if (at + kBlock < end) {
+      fetch(at + kBlock, 1 - stage);
+    }
+    cp_async_commit();
+  }
+}
+
+// RoPE of what await_block brought.
+template <int kRows, int kWidth, typename T>
+__device__ __forceinline__ void rotate_block(T* tile, int first, int rows,
+                                             const AttentionArgs& args) {
+  if (args.cos.data != nullptr) {
+    rotate_tile<kRows, kWidth>(tile, first, rows, args);
+    __syncthreads();
+  }
+}
+
 // Rows of scores are queries (forward, dq), or keys (dk and dv, which keep them transposed).
 enum class Across { kQueries, kKeys };
 
