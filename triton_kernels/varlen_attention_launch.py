@@ -109,6 +109,8 @@ def backward(need: Need, chip: Chip) -> Launches:
     if need.fp32:
         if chip.backend == "hip":  # 8 warps spill
             return (Launch(32, 32, 4, 1),)
+        if need.dropout and need.bias and need.head_dim <= 128:  # 32 spill 8 bytes on Triton 3.6
+            return (Launch(32, 16, 8, 2),)
         return (Launch(32, 32, 8, 2) if need.head_dim <= 128 else Launch(16, 16, 8, 2),)
     if need.head_dim > 128:  # 64 rows spill where dropout meets a bias, or RoPE and a window
         if chip.backend == "hip":  # 64 rows take 72 KB of shared memory
@@ -176,7 +178,8 @@ def windowed_backward(need: Need, chip: Chip) -> Launches:
         return (Launch(64, 32, 4, 2), small)  # 166 registers, 184 with RoPE, 199 with dropout
     if not _large(chip) or need.dropout:  # spills
         return ()
-    return (Launch(64, 32, 8, 2),)  # 235 registers with RoPE at head_dim 96
+    # 235 registers with RoPE at head_dim 96; at 128 they spill on Triton 3.6.
+    return (Launch(64, 16 if need.rope and need.head_dim > 96 else 32, 8, 2),)
 
 
 def bias_gradient(need: Need, chip: Chip) -> Launch:
