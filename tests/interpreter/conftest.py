@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,3 +58,17 @@ def chip(monkeypatch):
         monkeypatch.setattr(_common, "chip_of", lambda device: _common.CHIPS[name])
 
     return choose
+
+
+@pytest.fixture
+def rows_alike(monkeypatch):
+    """The interpreter's products add in one order in every row.
+
+    numpy's, OpenBLAS with AVX2, rounds a row by its place in the tile, as no matrix instruction
+    does: the same sequence six rows further down would differ in its last bit.
+    """
+
+    def product(a, b, dtype):
+        return np.multiply(a[..., None], b[..., None, :, :], dtype=dtype).sum(-2)
+
+    monkeypatch.setattr(np, "matmul", product)

@@ -67,6 +67,7 @@ def test_repeats_are_bit_equal_and_inputs_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=False))
 
 
+@pytest.mark.usefixtures("rows_alike")
 def test_neighbours_do_not_matter():
     *tensors, _, _ = inputs((5, 20, 3))
     alone = [x[5:25].clone() for x in tensors[:3]]

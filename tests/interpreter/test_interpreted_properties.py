@@ -32,6 +32,7 @@ def with_gradient(fn, x, *args):
     return y.detach(), dx, g
 
 
+@pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("fn", [attend, rope_attend])
 def test_neighbours_do_not_matter(fn, window):
@@ -48,6 +49,7 @@ def test_neighbours_do_not_matter(fn, window):
     assert torch.equal(dx[5:24], dexpected)
 
 
+@pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("fn", [attend, rope_attend])
 def test_order_of_sequences_does_not_matter(fn, window):

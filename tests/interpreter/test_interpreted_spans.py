@@ -65,6 +65,7 @@ def test_dropout_mask_is_the_shared_one():
     torch.testing.assert_close(logits[exists], (2 * keep).float()[exists])
 
 
+@pytest.mark.usefixtures("rows_alike")
 def test_neighbours_do_not_matter():
     """A sequence between NaN neighbours is bit-equal to the sequence alone, gradients included."""
     start, end, labels, _ = inputs((3, 11, 2))

@@ -55,6 +55,7 @@ def test_dropout_mask_is_the_shared_one():
         torch.testing.assert_close(scores, keep[..., r : r + 3])
 
 
+@pytest.mark.usefixtures("rows_alike")
 def test_neighbours_do_not_matter(monkeypatch):
     """A sequence between NaN neighbours is bit-equal to the sequence alone, gradients included."""
     from fastenc.triton_kernels import token_score_bwd
