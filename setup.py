@@ -26,6 +26,19 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 ROOT = os.path.dirname(os.path.abspath(__file__))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 DEFAULT_ARCHS = "80;90a"
+# CUDA sources compiled as one. torch's headers take 18 s a source (Zen 3: the host's compiler and
+# its front end, and each target's once more), what a small source adds takes 2 to 10.
+UNITS = {
+    "rows": ("add_layer_norm", "add_layer_norm_bwd", "geglu", "rope", "segment_pool"),
+    "spans": ("span_candidates", "span_pool", "span_score", "span_score_bwd"),
+    "tokens": ("token_score", "token_score_bwd"),
+    "global_sm90": ("global_attention_sm90", "global_attention_bwd_sm90"),
+    "local_sm90": (
+        "local_attention_sm90",
+        "local_attention_bwd_sm90",
+        "local_attention_stream_bwd_sm90",
+    ),
+}
 # -O1: at -O3 the instrumented attention backward compiles for a quarter of an hour.
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -125,14 +138,33 @@ def included(source: str) -> list[str]:
     return found
 
 
+def units(sources: list[str]) -> dict[str, list[str]]:
+    """{name: sources compiled as one}, the longest to compile first."""
+    unit_of = {stem: name for name, stems in UNITS.items() for stem in stems}
+    found: dict[str, list[str]] = {}
+    for source in sorted(sources):
+        stem = os.path.splitext(os.path.basename(source))[0]
+        found.setdefault(unit_of.get(stem, stem), []).append(source)
+    backward = {name for name, of in found.items() if any("_bwd" in source for source in of)}
+    return {name: found[name] for name in sorted(found, key=lambda n: (n not in backward, n))}
+
+
 def object_folder(archs: list[str]) -> str:
     """Where objects are kept for the next build, and for the tests that read them."""
     return os.path.join(ROOT, "build", "-".join(["cuda", *archs]))
 
 
-def compile_cuda(nvcc: str, source: str, build_dir: str, flags: list[str]) -> str:
+def compile_cuda(
+    nvcc: str, name: str, sources: list[str], build_dir: str, flags: list[str], threads: int = 1
+) -> str:
     """One object file, unless nothing that it depends on has changed; ptxas' words beside it."""
-    stem = os.path.join(build_dir, os.path.splitext(os.path.basename(source))[0])
+    stem = os.path.join(build_dir, name)
+    source = sources[0]
+    if len(sources) > 1:
+        source = f"{stem}.cu"
+        lines = [f'#include "{os.path.relpath(path, build_dir)}"\n' for path in sources]
+        with open(source, "w") as file:
+            file.writelines(lines)
     command = [nvcc, *flags, "-c", source, "-o", f"{stem}.o"]
     digest = hashlib.sha256("\0".join(command).encode())
     for path in included(source):
@@ -143,6 +175,7 @@ def compile_cuda(nvcc: str, source: str, build_dir: str, flags: list[str]) -> st
         with open(stamp) as file:
             if file.read() == digest.hexdigest():
                 return f"{stem}.o"
+    command.append(f"--threads={threads}")  # targets at once
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with open(f"{stem}.log", "w") as file:
         file.write(done.stdout)
@@ -161,12 +194,15 @@ def build_cuda(nvcc: str, archs: list[str], build_dir: str, library: str, jobs: 
     """
     os.makedirs(build_dir, exist_ok=True)
     os.makedirs(os.path.dirname(library) or ".", exist_ok=True)
-    sources = sorted(glob.glob(f"{ROOT}/csrc/cuda/*.cu"))
-    sources.sort(key=lambda path: "_bwd" not in path)  # the longest first
     flags = nvcc_flags(archs)
     start = os.times()
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda s: compile_cuda(nvcc, s, build_dir, flags), sources))
+        objects = list(
+            pool.map(
+                lambda unit: compile_cuda(nvcc, *unit, build_dir, flags, jobs),
+                units(glob.glob(f"{ROOT}/csrc/cuda/*.cu")).items(),
+            )
+        )
     link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--no-as-needed"]
     torch_libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch"]
     subprocess.run(

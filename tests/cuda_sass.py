@@ -61,7 +61,8 @@ def cuobjdump() -> str:
 
 
 def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
-    """Kernels of ``csrc/cuda/<source>`` for ``arch`` by demangled name, and what nvcc said.
+    """Kernels of ``csrc/cuda/<source>`` for ``arch`` by demangled name, and what nvcc said; with
+    them, those of the sources that setup.py compiles as one with it.
 
     Skips where nvcc or cuobjdump is missing. Objects are kept where setup.py keeps them.
     """
@@ -71,9 +72,11 @@ def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
         pytest.skip(line)
     tool, folder = cuobjdump(), Path(build.object_folder(list(ARCHS)))
     folder.mkdir(parents=True, exist_ok=True)
+    units = build.units([str(path) for path in ROOT.glob("csrc/cuda/*.cu")])
     path = str(ROOT / "csrc" / "cuda" / source)
+    unit = next(unit for unit in units.items() if path in unit[1])
     flags = build.nvcc_flags(list(ARCHS))
-    built = Path(build.compile_cuda(nvcc, path, str(folder), flags))
+    built = Path(build.compile_cuda(nvcc, *unit, str(folder), flags))
     log = built.with_suffix(".log").read_text()
     entry = re.compile(
         rf"Compiling entry function '(\w+)' for '{arch}'.*?(\d+) bytes stack frame, "

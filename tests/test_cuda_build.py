@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_sass
 import pytest
@@ -54,6 +55,37 @@ def test_architectures(build):
     for wrong in ("75", "sm_80", "80;hopper"):
         with pytest.raises(SystemExit, match="FASTENC_CUDA_ARCHS: expected 80 or later"):
             build.cuda_archs({"FASTENC_CUDA_ARCHS": wrong})
+
+
+def test_every_source_is_in_one_unit(build):
+    sources = [str(path) for path in cuda_sass.ROOT.glob("csrc/cuda/*.cu")]
+    units = build.units(sources)
+    assert sorted(path for unit in units.values() for path in unit) == sorted(sources)
+    for name, stems in build.UNITS.items():
+        assert {Path(path).stem for path in units[name]} == set(stems)
+    assert build.units(sources[:1]).popitem()[1] == sources[:1]
+
+
+def test_a_unit_is_compiled_again_if_one_of_its_sources_changed(build, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ntouch {tmp_path}/x.o\necho compiled >> {tmp_path}/calls\n")
+    nvcc.chmod(0o755)
+    sources = [tmp_path / "a.cu", tmp_path / "b.cu"]
+    for source in sources:
+        source.write_text('#include "shared.h"\n')
+    shared = tmp_path / "shared.h"
+    shared.touch()
+
+    def calls() -> int:
+        build.compile_cuda(str(nvcc), "x", [str(s) for s in sources], str(tmp_path), [])
+        return (tmp_path / "calls").read_text().count("compiled")
+
+    assert (calls(), calls()) == (1, 1)
+    assert (tmp_path / "x.cu").read_text() == '#include "a.cu"\n#include "b.cu"\n'
+    for i, changed in enumerate((*sources, shared)):
+        with open(changed, "a") as file:
+            file.write("// changed\n")
+        assert (calls(), calls()) == (i + 2, i + 2)
 
 
 def test_one_line_says_what_is_built():
