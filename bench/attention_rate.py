@@ -4,8 +4,9 @@ Useful FLOPs only (query-key pairs inside the windows, edges counted exactly: at
 query for ModernBERT's +-64), 12 heads of 64, fp32, RoPE included where the op has it. Attention and
 the matrix product (2048 x 768 x 2304 through ``F.linear``) run in turn in one process; the share is
 the ratio of the medians. ``--cpu-time`` counts the process's CPU time in place of the wall's, which
-other work on the machine disturbs less. MKL and fastenc choose their instruction sets by
-``MKL_ENABLE_INSTRUCTIONS`` and ``FASTENC_CPU_ISA``.
+other work on the machine disturbs less. Memory's share is that of ``torch.addcmul`` on the same q,
+k and v: it reads and writes what the forward must, and computes next to nothing. MKL and fastenc
+choose their instruction sets by ``MKL_ENABLE_INSTRUCTIONS`` and ``FASTENC_CPU_ISA``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TOY = {"2x40": (40, 40)}
 
 
 def calls_of(op: str, lengths: tuple[int, ...], window: tuple[int, int]) -> tuple[Callable, ...]:
-    """The forward and the backward call of one row."""
+    """The forward, the backward, and a pass over the forward's memory, of one row."""
     qkv = torch.randn(sum(lengths), 3, HEADS, HEAD_DIM)
     packed = testing.cu_seqlens_of(lengths), max(lengths), window
     if op == "rope_varlen_attention":
@@ -46,13 +47,20 @@ def calls_of(op: str, lengths: tuple[int, ...], window: tuple[int, int]) -> tupl
         with torch.inference_mode():
             run(qkv)
 
-    return forward, lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)
+    q, k, v = qkv.unbind(1)
+    written = torch.empty_like(grad)
+    return (
+        forward,
+        lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True),
+        lambda: torch.addcmul(v, q, k, out=written),
+    )
 
 
 def rates(
     ops: tuple[str, ...], batches: dict[str, tuple[int, ...]], rounds: int, clock: Callable
 ) -> Iterator[dict[str, object]]:
-    """One row a case: op, case, window, shares of the matrix rate, backward over forward."""
+    """One row a case: op, case, window, shares of the matrix rate and of memory, backward over
+    forward."""
     x, w = torch.randn(2048, 768), torch.randn(2304, 768)
 
     def product():
@@ -62,8 +70,10 @@ def rates(
     for op in ops:
         for name, lengths in batches.items():
             for kind, window in WINDOWS.items():
-                forward, backward = calls_of(op, lengths, window)
-                runs = {"product": product, "forward": forward, "backward": backward}
+                forward, backward, memory = calls_of(op, lengths, window)
+                runs = {
+                    "product": product, "forward": forward, "backward": backward, "memory": memory
+                }  # fmt: skip
                 samples = measure.interleaved(runs, rounds, 0.02, clock)
                 spent = {key: measure.median(times) for key, times in samples.items()}
                 rate = 2 * 2048 * 768 * 2304 / spent["product"]
@@ -76,6 +86,7 @@ def rates(
                     "forward_seconds": spent["forward"],
                     "backward_seconds": spent["backward"],
                     "share_of_sgemm": flops / spent["forward"] / rate,
+                    "memory_over_forward": spent["memory"] / spent["forward"],
                     "backward_share_of_sgemm": 2.5 * flops / spent["backward"] / rate,
                     "backward_over_forward": spent["backward"] / spent["forward"],
                     "goal": GOALS[kind],
@@ -83,15 +94,16 @@ def rates(
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    head = ["op", "case", "window", "forward ms", "share of sgemm", "goal", "backward / forward",
-            "backward share"]  # fmt: skip
+    head = ["op", "case", "window", "forward ms", "share of sgemm", "goal", "memory / forward",
+            "backward / forward", "backward share"]  # fmt: skip
     return markdown_table(
         head,
         [
             [
                 r["op"], r["case"], r["window"], f"{r['forward_seconds'] * 1e3:.2f}",
                 f"{r['share_of_sgemm']:.2f}", f"{r['goal']:.2f}",
-                f"{r['backward_over_forward']:.2f}", f"{r['backward_share_of_sgemm']:.2f}",
+                f"{r['memory_over_forward']:.2f}", f"{r['backward_over_forward']:.2f}",
+                f"{r['backward_share_of_sgemm']:.2f}",
             ]
             for r in rows
         ],

@@ -119,6 +119,7 @@ def test_attention_rate_at_toy_size():
     assert [row["window"] for row in rows] == ["window 64", "global"]
     for row in rows:
         assert 0 < row["share_of_sgemm"] < 3 and row["backward_over_forward"] > 0
+        assert 0 < row["memory_over_forward"] < 1
     assert "share of sgemm" in attention_rate.table(rows)
 
 
