@@ -1,9 +1,10 @@
 // Packed attention on NVIDIA GPUs, backward: check, launch. The device code is in
-// attention_bwd.cuh. Has not run on a GPU: tests/test_cuda_attention_model.py runs the same sources
-// on the CPU.
+// attention_dq.cuh and attention_dkdv.cuh, attention_bwd.cuh says what is where. Has not run on a
+// GPU: tests/test_cuda_attention_model.py runs the same sources on the CPU.
 #include <tuple>
 
 #include "attention_bwd.cuh"
+#include "attention_dq.cuh"
 #include "attention_problem.cuh"
 #include "attention_sm90.cuh"
 
@@ -18,8 +19,8 @@ struct GradInputs {
   const Tensor& lse;
 };
 
-void launch_backward(const Launcher& launcher, const char* op, const AttentionCall& call,
-                     const AttentionGradArgs& grads) {
+void launch_dq(const Launcher& launcher, const char* op, const AttentionCall& call,
+               const AttentionGradArgs& grads) {
   const AttentionArgs& a = grads.forward;
   dispatch_dtype("q", call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -27,13 +28,16 @@ void launch_backward(const Launcher& launcher, const char* op, const AttentionCa
       constexpr int kWidth = decltype(width)::value;
       using Shape = AttentionShape<sizeof(T), kWidth>;
       const int bias = grads.bias_partials != nullptr ? Shape::bias_bytes(a.bias_radius) : 0;
-      const int64_t blocks = call.slots() * a.heads;
-      launch_tiles(launcher, op, varlen_attention_dq_kernel<T, kWidth>, blocks,
+      launch_tiles(launcher, op, varlen_attention_dq_kernel<T, kWidth>, call.slots() * a.heads,
                    Shape::dq_bytes() + bias, grads);
-      launch_tiles(launcher, op, varlen_attention_dkdv_kernel<T, kWidth>, blocks,
-                   Shape::dkdv_bytes(), grads);
     });
   });
+}
+
+void launch_backward(const Launcher& launcher, const char* op, const AttentionCall& call,
+                     const AttentionGradArgs& grads) {
+  launch_dq(launcher, op, call, grads);
+  launch_dkdv(launcher, op, call, grads);
 }
 
 void launch_bias_grad(const Launcher& launcher, const Tensor& partials, const Tensor& out) {

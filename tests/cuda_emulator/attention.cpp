@@ -1,5 +1,5 @@
 // The attention kernels, for every dtype and padded width, behind one plain C function each.
-#include "csrc/cuda/attention_bwd.cuh"
+#include "csrc/cuda/attention_dkdv.cuh"
 #include "csrc/cuda/attention_fwd.cuh"
 
 using namespace fastenc;
