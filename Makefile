@@ -74,17 +74,17 @@ SANITIZED_OPS := $(addsuffix .py,$(addprefix tests/test_,add_layer_norm attentio
 	disentangled_attention dropout flash_attn geglu matrix_product op_arguments rope segment_pool \
 	span_candidates span_pool span_score token_score varlen_attention))
 SANITIZERS = $(foreach l,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$(l)))
+# The options in the environment, so that tests which start another pytest hand them on.
+SANITIZED_PYTEST = FASTENC_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" \
+	PYTEST_ADDOPTS="--capture=sys -o pythonpath=build/sanitize/lib" $(PY) -m pytest
 ISAS = portable $(foreach i,avx2 avx512f,$(shell grep -qw $(i) /proc/cpuinfo && echo $(i:f=)))
 
 sanitize: $(VENV)/.test
 	FASTENC_SANITIZE=1 FASTENC_CUDA=0 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	set -e; for isa in $(ISAS); do echo "$$isa:"; \
-		FASTENC_SANITIZE=1 FASTENC_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" \
-		$(PY) -m pytest --capture=sys -o pythonpath=build/sanitize/lib $(SANITIZED_OPS) \
+		FASTENC_CPU_ISA=$$isa $(SANITIZED_PYTEST) $(SANITIZED_OPS) \
 		-k "not reference and not instruction_set and not compiles and not opcheck"; done
-	FASTENC_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" \
-		$(PY) -m pytest --capture=sys -o pythonpath=build/sanitize/lib tests/test_gliner_predict.py \
-		-k "greedy_search or token_spans or nonsense"
+	$(SANITIZED_PYTEST) tests/test_gliner_predict.py -k "greedy_search or token_spans or nonsense"
 
 clean:
 	rm -rf build dist *.egg-info fastenc/_C*.so fastenc/_cuda*.so
