@@ -206,6 +206,14 @@ void dispatch_head_dim(int64_t head_dim, F&& f) {
                    : f(Width<128>{});
 }
 
+// Calls f(dtype's tag, Width) for the kernel that serves the call.
+template <typename F>
+void dispatch_shape(const AttentionCall& call, F&& f) {
+  dispatch_dtype("q", call.dtype, [&](auto tag) {
+    dispatch_head_dim(call.args.head_dim, [&](auto width) { f(tag, width); });
+  });
+}
+
 // Shared memory past 48 KB has to be asked for.
 template <typename Args>
 void launch_tiles(const Launcher& launcher, const char* op, void (*kernel)(Args), int64_t blocks,

@@ -32,13 +32,11 @@ std::tuple<Tensor, Tensor> forward(const Launcher& launcher, const char* op, Att
     case AttentionKernel::kGeneral:
       break;
   }
-  dispatch_dtype("q", call.dtype, [&](auto tag) {
+  dispatch_shape(call, [&](auto tag, auto width) {
     using T = typename decltype(tag)::type;
-    dispatch_head_dim(a.head_dim, [&](auto width) {
-      constexpr int kWidth = decltype(width)::value;
-      launch_tiles(launcher, op, varlen_attention_fwd_kernel<T, kWidth>, call.slots() * a.heads,
-                   AttentionShape<sizeof(T), kWidth>::forward_bytes(), a);
-    });
+    constexpr int kWidth = decltype(width)::value;
+    launch_tiles(launcher, op, varlen_attention_fwd_kernel<T, kWidth>, call.slots() * a.heads,
+                 AttentionShape<sizeof(T), kWidth>::forward_bytes(), a);
   });
   return {out, lse};
 }

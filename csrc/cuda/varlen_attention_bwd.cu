@@ -22,15 +22,13 @@ struct GradInputs {
 void launch_dq(const Launcher& launcher, const char* op, const AttentionCall& call,
                const AttentionGradArgs& grads) {
   const AttentionArgs& a = grads.forward;
-  dispatch_dtype("q", call.dtype, [&](auto tag) {
+  dispatch_shape(call, [&](auto tag, auto width) {
     using T = typename decltype(tag)::type;
-    dispatch_head_dim(a.head_dim, [&](auto width) {
-      constexpr int kWidth = decltype(width)::value;
-      using Shape = AttentionShape<sizeof(T), kWidth>;
-      const int bias = grads.bias_partials != nullptr ? Shape::bias_bytes(a.bias_radius) : 0;
-      launch_tiles(launcher, op, varlen_attention_dq_kernel<T, kWidth>, call.slots() * a.heads,
-                   Shape::dq_bytes() + bias, grads);
-    });
+    constexpr int kWidth = decltype(width)::value;
+    using Shape = AttentionShape<sizeof(T), kWidth>;
+    const int bias = grads.bias_partials != nullptr ? Shape::bias_bytes(a.bias_radius) : 0;
+    launch_tiles(launcher, op, varlen_attention_dq_kernel<T, kWidth>, call.slots() * a.heads,
+                 Shape::dq_bytes() + bias, grads);
   });
 }
 
