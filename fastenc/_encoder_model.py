@@ -106,7 +106,7 @@ class Runner:
                 lambda batch: self._packed()(batch),
                 self.base,
                 pad_id=pad_id,
-                keep=lambda: getattr(_as_ours(self.base), "_kept_tables", list)(),
+                keep=getattr(_as_ours(self.base), "_kept_tables", None),
             )
 
     def _packed(self) -> Callable[..., Tensor] | None:

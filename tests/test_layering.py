@@ -133,3 +133,24 @@ def test_triton_kernels_refuse_another_name():
         [sys.executable, "-c", "import triton_kernels"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode != 0 and "fastenc.triton_kernels" in done.stderr
+
+
+def current_device_calls(tree: ast.AST) -> list[int]:
+    """Lines that ask torch.cuda for whatever device is current: a model may live on another."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and not node.args and not node.keywords:
+            called = ast.unparse(node.func)
+            name = called.rpartition(".")[2]
+            cuda = called.startswith("torch.cuda.") and name in ("Stream", "current_stream")
+            event = name == "record" and called not in ("record", "fastenc.record")
+            if cuda or event or called == "torch.cuda.synchronize":
+                found.append(node.lineno)
+    return found
+
+
+def test_no_stream_of_the_current_device():
+    assert current_device_calls(ast.parse("e = torch.cuda.Event()\ne.record()")) == [2]
+    assert current_device_calls(ast.parse("s = torch.cuda.current_stream()")) == [1]
+    for path in sorted((ROOT / "fastenc").rglob("*.py")):
+        assert current_device_calls(ast.parse(path.read_text())) == [], path

@@ -162,10 +162,6 @@ class PackedModel(StrictLoading):
         unusual = inputs.position_ids is not None or inputs.inputs_embeds is not None
         return None if unusual or inputs.batch.gaps else {"token_type_ids": inputs.token_type_ids}
 
-    def _kept_tables(self) -> list[Any]:
-        """Tensors beside the parameters that a packed forward reads by address."""
-        return []
-
     def _encode_or_replay(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         wish = self.__dict__.get(_GRAPHS)
         runs = wish is None or states is not None or torch.compiler.is_compiling()
@@ -187,7 +183,7 @@ class PackedModel(StrictLoading):
             return self._encode(PackedInputs(batch, **rows), None)
 
         pad_id = getattr(self.config, "pad_token_id", None) or 0
-        return ForwardGraphs(forward, self, pad_id=pad_id, keep=self._kept_tables)
+        return ForwardGraphs(forward, self, pad_id=pad_id, keep=getattr(self, "_kept_tables", None))
 
     def _implied_positions(self, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """(rows or 1, columns): positions that transformers reads off the padded input, or None."""

@@ -30,6 +30,7 @@ from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import PrepackedLinear, count_fused_steps, linear
 from fastenc.ops import disentangled_attention, varlen_attention
 from fastenc.ops._disentangled_ref import relative_index
+from fastenc.ops._rules import autocast_dtype
 
 Tables = tuple[Tensor | None, Tensor | None]
 
@@ -175,14 +176,8 @@ class _Relative:
         if any(type(x) is not nn.Parameter or x.is_inference() for x in sources):
             return None
         device = sources[0].device.type
-        lower = _autocast_dtype(device)
+        lower = autocast_dtype(device)
         return (lower, *((x.data_ptr(), x._version, x.dtype, x.device) for x in sources))
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 def _projections(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -227,6 +222,7 @@ class DebertaV2Model(PackedPostNorm, hf.DebertaV2Model):
         return None if self.embeddings.position_embeddings is None else inputs.batch.columns
 
     def _kept_tables(self) -> list[Any]:
+        """What a packed forward reads beside the parameters, and keeps as long as they are."""
         return [_kept[attn] for attn in self.modules() if attn in _kept]
 
     def _config_obstacle(self) -> str | None:

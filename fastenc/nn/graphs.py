@@ -43,14 +43,15 @@ def bucket_of(total_tokens: int, num_seqs: int, max_seqlen: int) -> Bucket:
     """The smallest bucket that holds a batch and the dummy sequences that fill it up.
 
     ``tokens``: up to a multiple of an eighth of the power of two below; ``longest`` and
-    ``num_seqs``: powers of two. Dummy sequences have at most ``longest`` tokens.
+    ``num_seqs``: powers of two. Dummy sequences have at most ``max_seqlen`` tokens: a model with
+    learned positions may have none beyond.
     """
     tokens = LEAST_TOKENS
     if total_tokens > LEAST_TOKENS:
         unit = max(1, (1 << ((total_tokens - 1).bit_length() - 1)) // STEPS)
         tokens = -(-total_tokens // unit) * unit
     longest = max(LEAST_LONGEST, _power_of_two(max_seqlen))
-    fillers = -(-(tokens - total_tokens) // longest)
+    fillers = -(-(tokens - total_tokens) // max_seqlen)
     return Bucket(tokens, _power_of_two(num_seqs + fillers), longest)
 
 
@@ -66,17 +67,42 @@ class Captured(Protocol):
     def replay(self) -> None: ...
 
 
-class CudaGraph:
-    """``run()`` captured on the current device, after one warm run on a side stream."""
+class CapturePlace:
+    """Where a device's graphs are captured: they share a memory pool, which asks for one stream.
 
-    def __init__(self, run: Callable[[], Tensor], pool: Any) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
+    torch's own capture stream is of whichever device captured first in the process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class CudaGraph:
+    """``run()`` captured, after one warm run on the capture stream."""
+
+    def __init__(self, run: Callable[[], Tensor], place: CapturePlace) -> None:
+        current = torch.cuda.current_stream(place.device)
+        with torch.cuda.device(place.device):
+            place.stream.wait_stream(current)
+            with torch.cuda.stream(place.stream):
+                run()
+            current.wait_stream(place.stream)
+            try:
+                self._capture(run, place)
+            except Exception:
+                # Up to torch 2.12 a capture that fails leaves the generator capturing, and the next
+                # dropout raises; one that succeeds sets it right.
+                empty = torch.zeros(1, device=place.device)
+                self._capture(lambda: empty + 1, CapturePlace(place.device))
+                raise
+
+    def _capture(self, run: Callable[[], Tensor], place: CapturePlace) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            self._graph, place.pool, place.stream, capture_error_mode="thread_local"
+        ):
             self.output = run()
 
     def replay(self) -> None:
@@ -104,14 +130,15 @@ class ForwardGraphs:
             ``module``'s parameters.
         module: whose parameters it reads: graphs of parameters that have moved are not used.
         pad_id: the token of dummy sequences.
-        max_tokens, max_graphs: larger batches run as they are; at most so many graphs are kept. All
-            share one memory pool.
-        keep: returns what must outlive a graph beside the parameters (tables kept elsewhere).
-        capture: ``CudaGraph``; tests put their own in its place.
+        max_tokens, max_graphs: larger batches run as they are; at most so many graphs are kept.
+            Those of a device share one memory pool.
+        keep: returns what a graph reads beside the parameters, made of them and kept elsewhere: it
+            lives as long as the graph, which is not used after a parameter has changed in place.
+        capture: what records a run, ``CudaGraph`` if None; tests put their own in its place.
 
     A batch runs as it is (``forward`` itself), with a noted reason, where a graph would not do:
-    under autograd or autocast, in training, on a CPU, or where capturing failed; and past
-    ``max_tokens``.
+    under autograd or autocast, in training, on a CPU, or once capturing has failed. Past
+    ``max_tokens`` and inside someone else's capture it does so without a note.
     """
 
     def __init__(
@@ -122,15 +149,15 @@ class ForwardGraphs:
         pad_id: int = 0,
         max_tokens: int = MAX_TOKENS,
         max_graphs: int = MAX_GRAPHS,
-        keep: Callable[[], list[Any]] = list,
-        capture: Callable[[Callable[[], Tensor], Any], Captured] | None = None,
+        keep: Callable[[], list[Any]] | None = None,
+        capture: Callable[[Callable[[], Tensor]], Captured] | None = None,
     ) -> None:
         self.forward, self.module, self.pad_id = forward, module, pad_id
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
         self._keep, self._capture = keep, capture
         self._entries: collections.OrderedDict[tuple, _Entry] = collections.OrderedDict()
-        self._failed: set[tuple] = set()
-        self._pool: Any = None
+        self._failure: str | None = None
+        self._places: dict[torch.device, CapturePlace] = {}
         self._replayed: Any = None
         self._lock = threading.Lock()
 
@@ -146,12 +173,15 @@ class ForwardGraphs:
         reason = self._why_not(batch)
         if reason is not None:
             _registry.note_fallback(f"cuda_graphs: {reason}")
-        if reason is not None or not 0 < batch.total_tokens <= self.max_tokens:
+        fits = 0 < batch.total_tokens <= self.max_tokens
+        if reason is not None or not fits or _is_capturing(batch.device):
             return self.forward(batch, **rows)
         bucket = bucket_of(batch.total_tokens, batch.num_seqs, batch.max_seqlen)
         key = (bucket, tuple(sorted(rows)), *self._state(batch))
         with self._lock:
-            entry = self._entries.get(key) or self._record(key, batch, rows)
+            entry = self._entries.get(key)
+            if entry is None and self._failure is None:
+                entry = self._record(key, batch, rows)
             if entry is not None:
                 self._entries.move_to_end(key)
                 return self._replay(entry, bucket, batch, rows)
@@ -167,60 +197,68 @@ class ForwardGraphs:
             return "gradients are wanted"
         if torch.is_autocast_enabled(device):
             return "autocast keeps casts between calls"
-        return None
+        return self._failure
 
     def _state(self, batch: VarlenBatch) -> tuple:
         """What else a captured graph depends on."""
-        addresses = tuple(p.data_ptr() for p in self.module.parameters())
+        versioned = self._keep is not None
+        addresses = tuple(
+            (p.data_ptr(), p._version if versioned and not p.is_inference() else 0)
+            for p in self.module.parameters()
+        )
         return batch.device, _registry.chosen_backend(), hash(addresses)
 
+    # Outside inference_mode: the inputs are filled again later, perhaps outside of it, and up to
+    # torch 2.12 the first capture makes the generator's own state in the mode that it finds.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _record(self, key: tuple, batch: VarlenBatch, rows: dict[str, Tensor]) -> _Entry | None:
-        if key in self._failed:
-            return None
         bucket: Bucket = key[0]
-        with torch.inference_mode(False):  # filled again later, perhaps outside inference_mode
-            ids = torch.full((bucket.tokens,), self.pad_id, device=batch.device)
-            edges = torch.zeros(bucket.num_seqs + 1, dtype=torch.int32, device=batch.device)
-            static = {
-                name: torch.zeros(bucket.tokens, dtype=x.dtype, device=x.device)
-                for name, x in rows.items()
-            }
+        ids = torch.full((bucket.tokens,), self.pad_id, device=batch.device)
+        edges = torch.zeros(bucket.num_seqs + 1, dtype=torch.int32, device=batch.device)
+        static = {
+            name: torch.zeros(bucket.tokens, dtype=x.dtype, device=x.device)
+            for name, x in rows.items()
+        }
         _fill(bucket, batch, rows, ids, edges, static, self.pad_id)
         whole = VarlenBatch(edges, bucket.longest, bucket.tokens, ids)
         try:
             before = _registry.launches()
-            captured = self._capturing(lambda: self.forward(whole, **static))
+            captured = self._capturing(lambda: self.forward(whole, **static), batch.device)
         except Exception as error:
-            self._failed.add(key)
-            _registry.note_fallback(f"cuda_graphs: capturing failed: {error}")
+            self._failure = f"capturing failed: {error}"
+            _registry.note_fallback(f"cuda_graphs: {self._failure}")
             return None
         launches = _registry.launches() - before
         launches = collections.Counter({k: n // 2 for k, n in launches.items()})  # ran twice
-        entry = _Entry(captured, ids, edges, static, launches, self._keep())
+        kept = [] if self._keep is None else self._keep()
+        entry = _Entry(captured, ids, edges, static, launches, kept)
         self._entries[key] = entry
         while len(self._entries) > self.max_graphs:
             self._entries.popitem(last=False)
         return entry
 
-    def _capturing(self, run: Callable[[], Tensor]) -> Captured:
+    def _capturing(self, run: Callable[[], Tensor], device: torch.device) -> Captured:
         if self._capture is not None:
-            return self._capture(run, self._pool)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(run, self._pool)
+            return self._capture(run)
+        if device not in self._places:
+            self._places[device] = CapturePlace(device)
+        return CudaGraph(run, self._places[device])
 
     def _replay(
         self, entry: _Entry, bucket: Bucket, batch: VarlenBatch, rows: dict[str, Tensor]
     ) -> Tensor:
-        on_gpu = batch.device.type == "cuda"
-        if on_gpu and self._replayed is not None:
-            torch.cuda.current_stream(batch.device).wait_event(self._replayed)
+        stream = None
+        if batch.device.type == "cuda":
+            stream = torch.cuda.current_stream(batch.device)
+            if self._replayed is not None:
+                stream.wait_event(self._replayed)
         _fill(bucket, batch, rows, entry.input_ids, entry.cu_seqlens, entry.rows, self.pad_id)
         entry.captured.replay()
         out = entry.captured.output[: batch.total_tokens].clone()
-        if on_gpu:  # the pool's memory is the next replay's too, perhaps on another stream
+        if stream is not None:  # the pool is the next replay's too, perhaps on another stream
             self._replayed = torch.cuda.Event()
-            self._replayed.record()
+            self._replayed.record(stream)
         if not entry.fresh:  # the launches of the capture itself were counted as they were recorded
             _registry.count_launches(entry.launches)
         entry.fresh = False
@@ -245,13 +283,15 @@ def _fill(
         target[:total].copy_(source)
         target[total:].fill_(filler)
     cu_seqlens[: count + 1].copy_(batch.cu_seqlens)
-    fillers = bucket.num_seqs - count
+    fillers, length = bucket.num_seqs - count, batch.max_seqlen
     if fillers:
-        last = total + bucket.longest * fillers
-        steps = torch.arange(
-            total + bucket.longest, last + 1, bucket.longest, device=cu_seqlens.device
-        )
+        last = total + length * fillers
+        steps = torch.arange(total + length, last + 1, length, device=cu_seqlens.device)
         cu_seqlens[count + 1 :].copy_(steps.clamp_(max=bucket.tokens))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class GraphsOf:
