@@ -26,6 +26,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 ROOT = os.path.dirname(os.path.abspath(__file__))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 DEFAULT_ARCHS = "80;90a"
+OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 # CUDA sources compiled as one. torch's headers take 18 s a source (Zen 3: the host's compiler and
 # its front end, and each target's once more), what a small source adds takes 2 to 10.
 UNITS = {
@@ -74,8 +75,15 @@ def find_nvcc(env: Mapping[str, str]) -> str | None:
     return named or shutil.which("nvcc", path=env.get("PATH", ""))
 
 
+def nvcc_release(nvcc: str) -> tuple[int, ...]:
+    """Such as (13, 0); (0,) where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
 def choose_cuda(env: Mapping[str, str]) -> tuple[str | None, str]:
-    """(nvcc or None, the line to print). FASTENC_CUDA=1 without nvcc is an error."""
+    """(nvcc or None, the line to print). FASTENC_CUDA=1 without a fit nvcc is an error."""
     wanted = env.get("FASTENC_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"FASTENC_CUDA: expected 0, 1 or nothing, got {wanted!r}")
@@ -86,6 +94,13 @@ def choose_cuda(env: Mapping[str, str]) -> tuple[str | None, str]:
         raise SystemExit("FASTENC_CUDA=1, but nvcc was not found (PATH, CUDA_HOME)")
     if nvcc is None:
         return None, "fastenc: the CUDA library is not built (nvcc was not found)"
+    release = nvcc_release(nvcc)
+    if release < OLDEST_NVCC:
+        needed = f"nvcc {'.'.join(map(str, OLDEST_NVCC))} or later is needed"
+        why = f"{needed}, {nvcc} is {'.'.join(map(str, release))}"
+        if wanted == "1":
+            raise SystemExit(f"FASTENC_CUDA=1, but {why}")
+        return None, f"fastenc: the CUDA library is not built ({why})"
     archs = ", ".join(f"sm_{a}" for a in cuda_archs(env))
     return nvcc, f"fastenc: the CUDA library is built with {nvcc} for {archs}"
 

@@ -16,12 +16,17 @@ def build():
     return cuda_sass.setup_script()
 
 
+def write_nvcc(folder: Path, release: str) -> str:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
 @pytest.fixture
 def toolkit(tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.touch(mode=0o755)
-    return str(nvcc)
+    return write_nvcc(tmp_path, "12.5")
 
 
 def test_nvcc_decides(build, toolkit, tmp_path):
@@ -40,6 +45,15 @@ def test_fastenc_cuda_forces(build, toolkit):
         build.choose_cuda({"PATH": "", "FASTENC_CUDA": "1"})
     with pytest.raises(SystemExit, match="expected 0, 1 or nothing, got 'yes'"):
         build.choose_cuda({**path, "FASTENC_CUDA": "yes"})
+
+
+def test_a_toolkit_that_is_too_old_does_not_break_the_install(build, toolkit, tmp_path):
+    path = {"PATH": os.path.dirname(toolkit)}
+    write_nvcc(tmp_path, "12.4")
+    nvcc, line = build.choose_cuda(path)
+    assert nvcc is None and f"nvcc 12.5 or later is needed, {toolkit} is 12.4" in line
+    with pytest.raises(SystemExit, match=r"FASTENC_CUDA=1, but nvcc 12\.5 or later is needed"):
+        build.choose_cuda({**path, "FASTENC_CUDA": "1"})
 
 
 def test_architectures(build):
