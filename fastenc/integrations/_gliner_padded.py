@@ -66,6 +66,9 @@ class Padded:
         first = torch.full((total,), tokens.total_tokens, device=device)
         first.scatter_reduce_(0, place, rows, "amin")
         last = torch.full((total,), -1, device=device).scatter_reduce_(0, place, rows, "amax")
+        dropped = last < 0  # those are empty, where the next word begins
+        first = first.flip(0).cummin(0).values.flip(0)
+        last = torch.where(dropped, first - 1, last)
         label_rows, counts = _labels(config, tokens, token_seq, markers)
         columns = max(word_lengths, default=0) if columns is None else columns
         seq = torch.arange(tokens.num_seqs, device=device).repeat_interleave(
@@ -79,7 +82,7 @@ class Padded:
             label_rows=label_rows,
             num_labels=counts,
             word_lengths=list(word_lengths),
-            dropped=bool((last < 0).any()),
+            dropped=bool(dropped.any()),
         )
         return cls(
             batch=batch,

@@ -65,12 +65,11 @@ def pool_words(hidden: Tensor, batch: GLiNERBatch, mode: str) -> Tensor:
 
     Zeros for a word without tokens.
     """
-    counts = (batch.word_ends - batch.word_rows + 1).clamp(min=0).cpu()
-    edges = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    total = int(edges[-1])
-    shift = (batch.word_rows.cpu() - edges[:-1]).repeat_interleave(counts, output_size=total)
-    rows = (torch.arange(total) + shift).to(hidden.device, non_blocking=True)
-    return segment_pool(hidden.index_select(0, rows), edges.int().to(hidden.device), mode)
+    # Segments: what lies before a word, the word, and so on; the last is behind the last word.
+    edges = torch.stack([batch.word_rows, batch.word_ends + 1], 1).flatten()
+    edges = torch.nn.functional.pad(edges, (1, 0))
+    edges = torch.nn.functional.pad(edges, (0, 1), value=hidden.shape[0])
+    return segment_pool(hidden, edges.int(), mode)[1::2]
 
 
 def recur(rnn: nn.Module, words: Words) -> Words:

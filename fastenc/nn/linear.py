@@ -106,7 +106,8 @@ def product(
         t is not None and t.requires_grad for t in (x, weight, bias)
     )
     if weight.dim() != 2 or not is_served(x, weight, bias, gradients=gradients):
-        if x.numel() >= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+        many = x.device.type == "cpu" and x.numel() >= FEW_ROWS * x.shape[-1]
+        if many and not torch.is_grad_enabled():
             weight = weight.contiguous()  # MKL is a third slower on a weight with gaps
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
