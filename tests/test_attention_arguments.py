@@ -152,3 +152,14 @@ def _rope_misuse():
 def test_rope_misuse(name, args, options, error, words):
     with pytest.raises(error, match=words):
         fastenc.rope_varlen_attention(*args, **options)
+
+
+def test_autocast_takes_the_tables_along():
+    """All of them 16-bit: what the Hopper kernels serve, and what flash-attn's rotary does."""
+    qkv, (cos, sin) = torch.randn(9, 3, 2, 8), testing.rope_tables(9, 8)
+    cu = testing.cu_seqlens_of((4, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fastenc.rope_varlen_attention(qkv, cos, sin, cu, 5)
+    low = (x.bfloat16() for x in (qkv, cos, sin))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, fastenc.rope_varlen_attention(*low, cu, 5))

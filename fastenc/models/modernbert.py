@@ -35,6 +35,7 @@ from fastenc.ops import (
     varlen_attention,
 )
 from fastenc.ops._registry import note_fallback
+from fastenc.ops._rules import autocast_dtype
 from fastenc.ops.add_layer_norm import add_layer_norm_inplace
 
 
@@ -170,6 +171,9 @@ class _Rotations:
         if self.positions is None:
             columns = batch.padded_shape[1] if batch.padded_shape else batch.max_seqlen
             table = rope_table(self.rotary, batch.max_seqlen, columns, layer_type, self.like)
+            if not torch.compiler.is_compiling():  # once a forward, not once a layer
+                lower = autocast_dtype(batch.device.type)
+                table = [x if lower is None else x.to(lower) for x in table]
             return _Turn(*table, None)
         table = rope_rows(self.rotary, self.positions, layer_type, self.like)
         return _Turn(*table, torch.arange(batch.total_tokens, device=batch.device))

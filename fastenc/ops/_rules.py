@@ -15,6 +15,13 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The lower precision of autocast where it is on for this kind of device."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def _cast(value, dtype: torch.dtype):
     castable = isinstance(value, Tensor) and value.dtype in _CASTABLE
     return value.to(dtype) if castable else value

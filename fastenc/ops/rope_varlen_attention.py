@@ -58,7 +58,7 @@ define(
         backward_ref=rope_backward_ref,
         save=_save,
         differentiate=_differentiate,
-        autocast=lower_precision(1),
+        autocast=lower_precision(3),  # flash-attn's rotary tables, too, are in the dtype of qkv
         cuda_refuses=_checks.cuda_head_dim,
     )
 )
@@ -96,7 +96,8 @@ def rope_varlen_attention(
 
     Args:
         qkv: (total_tokens, 3, heads, head_dim), any strides, even head_dim.
-        cos, sin: (max_pos, head_dim // 2), any floating-point dtype; max_pos >= max_seqlen.
+        cos, sin: (max_pos, head_dim // 2), any floating-point dtype; max_pos >= max_seqlen. Under
+            autocast they are rounded to its dtype, with qkv.
         cu_seqlens, max_seqlen, window_size, scale, dropout_p, seed: as in ``varlen_attention``.
 
     Returns:
