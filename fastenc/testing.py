@@ -372,8 +372,9 @@ def reference_of(op: str) -> Callable:
                                seed=None):  # fmt: skip
         terms = 1 + (pos_key is not None) + (pos_query is not None)
         return disentangled.disentangled_attention_ref(
-            q, k, v, pos_key, pos_query, disentangled.relative_index(buckets, max_positions),
-            cu_seqlens, (terms * q.shape[2]) ** -0.5 if scale is None else scale, dropout_p, seed,
+            q, k, v, pos_key, pos_query,
+            disentangled.relative_index(buckets, max_positions, q.device), cu_seqlens,
+            (terms * q.shape[2]) ** -0.5 if scale is None else scale, dropout_p, seed,
         )[0]  # fmt: skip
 
     return {

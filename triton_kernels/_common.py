@@ -86,7 +86,8 @@ def tile_rows(x: Tensor) -> Tensor:
 
 
 def tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
+    # allow_tf32 raises once torch.backends.fp32_precision is set, as TrainingArguments(tf32) does.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def precision(dtype: torch.dtype) -> str:
