@@ -125,3 +125,17 @@ def test_what_it_compiles_to(name, count):
     attention = {k: v for k, v in kernels.items() if k.startswith(f"global_attention_{name}_sm90<")}
     assert len(attention) == count
     cuda_sass.check_hopper(attention, log, producer=True)
+
+
+def test_weights_are_made_beside_the_products():
+    """Between the wait for the scores and the wait for the outputs: the 64 exponentials of a thread
+    (64 queries x 128 keys a warpgroup)."""
+    kernels, _ = cuda_sass.compiled("global_attention_sm90.cu")
+    for kernel in kernels.values():
+        if kernel.name.startswith("global_attention_fwd_sm90<"):
+            code = [text for _, text in kernel.code]
+            waits = [i for i, text in enumerate(code) if "WARPGROUP.DEPBAR" in text]
+            (scores,) = (i for i in waits if "gsb0, 0x1" in code[i])
+            outputs = next(i for i in waits if i > scores)
+            beside = sum("MUFU.EX2" in text for text in code[scores:outputs])
+            assert beside >= 64, f"{kernel.name}: {beside}"

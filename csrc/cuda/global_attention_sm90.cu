@@ -10,7 +10,9 @@
 // Floor: 4 x length x head_dim FLOP a token-head at 790 TFLOP/s, bf16, head_dim 64: 0.17 ns at
 // length 512, 2.7 ns at 8192; exponentials, 16 a clock and SM: 0.14 ns and 2.2 ns. Prediction from
 // the design (FlashAttention-3's): 60% of it at 8192, less at 512 where the first block's scores
-// and the last block's outputs are not overlapped. Has not run on a GPU:
+// and the last block's outputs are not overlapped. ptxas 13.0 moved the wait for the outputs to
+// before the weights, of whose 66 exponentials a block none ran beside the products;
+// wgmma_wait_after holds it: now all do. Has not run on a GPU:
 // tests/test_cuda_global_attention_sm90.py runs the device code on the CPU, and judges what it
 // compiles to.
 #include "attention_sm90.cuh"

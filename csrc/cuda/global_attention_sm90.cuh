@@ -290,7 +290,7 @@ __device__ __forceinline__ void global_consume(GlobalMemory<T, kHeadDim>& m,
       mask_from(s, t.length - key);
     }
     const Rescale scale = online_softmax(s, rows, args.scale_log2);
-    wgmma_wait<0>();
+    wgmma_wait_after<0>(rows.sum[0] + rows.sum[1]);
     hold(o);
     m.v_ring.release();
 #pragma unroll

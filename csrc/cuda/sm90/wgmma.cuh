@@ -42,6 +42,18 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
+// wgmma_wait, but only once `made`, which is never negative, is there. ptxas moves a wait up over
+// arithmetic that does not need it, which then no longer runs beside the products; it does not move
+// one over a warp's synchronisation. (A branch that depends on `made` serves too, but makes ptxas
+// 13.0 spill at head_dim 128.)
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_after(float made) {
+#ifndef FASTENC_EMULATE
+  __syncwarp(made < 0.0f ? 0u : 0xffffffffu);
+#endif
+  wgmma_wait<kPending>();
+}
+
 // Keeps the compiler from moving accesses of these registers over the fences and waits.
 template <int kTiles>
 __device__ __forceinline__ void hold(float (&d)[kTiles][4]) {
