@@ -47,9 +47,8 @@ inline AttentionCase attention_case(const Launcher&, const AttentionCall& call) 
 
 template <typename Kernel>
 void allow_shared_memory(const char* op, Kernel kernel, int bytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+  Launcher::check(op,
+                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 // A kernel of blocks (tile of Shape::kRows rows, heads_per_block heads): kernel(maps, args, heads).

@@ -44,7 +44,11 @@ class Launcher {
   // After each launch: reports a bad configuration now instead of in some later call.
   static void check_launch(const char* op) { check(op, cudaGetLastError()); }
 
+  // The runtime keeps an error for the next cudaGetLastError, which would be of another launch.
   static void check(const char* what, cudaError_t error) {
+    if (error != cudaSuccess) {
+      (void)cudaGetLastError();
+    }
     STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error),
                     error == cudaErrorNoKernelImageForDevice ? " (compiled for " FASTENC_CUDA_ARCHS
                                                                "; see FASTENC_CUDA_ARCHS)"
