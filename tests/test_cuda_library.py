@@ -80,7 +80,8 @@ def library(build):
     folder = Path(build.object_folder(list(ARCHS)))
     path = folder / "_cuda.so"
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    build.build_cuda(nvcc, list(ARCHS), str(folder), str(path), jobs)
+    with cuda_sass.alone(folder):
+        build.build_cuda(nvcc, list(ARCHS), str(folder), str(path), jobs)
     return path
 
 
@@ -231,13 +232,40 @@ def test_it_needs_only_the_stable_abi(library):
 # What a torch with CUDA has and the CPU wheel lacks, and a driver with one GPU.
 STUB = r"""
 #include <cstdlib>
+static int number(const char* name) { return std::atoi(std::getenv(name)); }
 extern "C" {
 int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
 int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int* version) { *version = number("STUB_DRIVER"); return 0; }
 int cuDeviceGetCount(int* count) { *count = 1; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  const int capability = std::atoi(std::getenv("STUB_CAPABILITY"));
+  const int capability = number("STUB_CAPABILITY");
   *value = attribute == 75 ? capability / 10 : capability % 10;
+  return 0;
+}
+}
+"""
+
+# NVML of the same machine, with the GPUs of STUB_MACHINE, such as "9075".
+NVML_STUB = r"""
+#include <cstdlib>
+#include <cstring>
+static const char* gpus() { return std::getenv("STUB_MACHINE"); }
+extern "C" {
+int nvmlInit_v2() { return 0; }
+int nvmlShutdown() { return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int* version) {
+  *version = std::atoi(std::getenv("STUB_DRIVER"));
+  return 0;
+}
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = std::strlen(gpus()) / 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, const char** handle) {
+  *handle = gpus() + 2 * index;
+  return 0;
+}
+int nvmlDeviceGetCudaComputeCapability(const char* handle, int* major, int* minor) {
+  *major = handle[0] - '0';
+  *minor = handle[1] - '0';
   return 0;
 }
 }
@@ -249,7 +277,7 @@ import torch
 warnings.simplefilter("error")
 library, stub, built = sys.argv[1:]
 ctypes.CDLL(stub, ctypes.RTLD_GLOBAL)
-torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+torch.version.cuda, torch.cuda.device_count = "13.0", lambda: 1
 found = glob.glob
 glob.glob = lambda p, **k: ([library] if built == "1" else []) if "_cuda" in p else found(p, **k)
 import fastenc
@@ -271,11 +299,18 @@ for op in OPS:
 # What the library has no kernel for goes to Triton, or is refused where it was asked for.
 like = types.SimpleNamespace(shape=(3, 2, 160), dtype=torch.float32, device=torch.device("cuda"))
 from fastenc.ops import _registry
-for op in ("varlen_attention", "disentangled_attention"):
-    like.shape = (3, 2, 160)
-    assert _registry.select(op, like).name() == f"fastenc_triton::{op}_fwd"
-    like.shape = (3, 2, 128)
-    assert _registry.select(op, like).name() == f"fastenc::{op}_fwd"
+small = _library.gpu_capabilities() == ((12, 0),)  # 99 KiB of shared memory a block
+served = {
+    "varlen_attention": 96 if small else 128,
+    "rope_varlen_attention": 96 if small else 128,
+    "disentangled_attention": 0 if small else 128,
+}
+for op, most in served.items():
+    for head_dim in (64, 96, 128, 160):
+        like.shape = (3, 2, head_dim)
+        expected = f"fastenc::{op}_fwd" if head_dim <= most else f"fastenc_triton::{op}_fwd"
+        assert _registry.select(op, like).name() == expected, (head_dim, expected)
+like.shape = (3, 2, 64)
 _registry._measured.add("varlen_attention")
 assert _registry.select("varlen_attention", like).name() == "fastenc_triton::varlen_attention_fwd"
 _registry._measured.clear()
@@ -284,7 +319,8 @@ with fastenc.use_backend("cuda"):
     try:
         _registry.select("varlen_attention", like)
     except NotImplementedError as error:
-        assert "it serves head_dim up to 128, got 160" in str(error), error
+        most = served["varlen_attention"]
+        assert f"it serves head_dim up to {most}, got 160" in str(error), error
     else:
         raise AssertionError("head_dim 160 was accepted")
 # The dispatcher's own table names the library's registration, not a Python kernel.
@@ -337,24 +373,35 @@ assert _library.launch_counts().keys().isdisjoint({{("geglu", "cuda")}})
 """
 
 
+def stand_in(folder: Path, name: str, source: str) -> Path:
+    (folder / f"{name}.cpp").write_text(source)
+    built = folder / name
+    command = ["g++", "-shared", "-fPIC", str(folder / f"{name}.cpp"), "-o", str(built)]
+    subprocess.run(command, check=True)
+    return built
+
+
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "stub.cpp").write_text(STUB)
-    subprocess.run(
-        ["g++", "-shared", "-fPIC", str(folder / "stub.cpp"), "-o", str(folder / "libcuda.so.1")],
-        check=True,
-    )
-    return folder / "libcuda.so.1"
+    return stand_in(tmp_path_factory.mktemp("driver"), "libcuda.so.1", STUB)
 
 
-def run_with_gpu(script: str, library: Path, stub: Path, capability: str, built: str = "1"):
-    paths = [str(stub.parent), os.environ.get("LD_LIBRARY_PATH", "")]
+@pytest.fixture(scope="module")
+def nvml(tmp_path_factory):
+    return stand_in(tmp_path_factory.mktemp("nvml"), "libnvidia-ml.so.1", NVML_STUB)
+
+
+def run_with_gpu(
+    script: str, library: Path, stub: Path, capability: str, *,
+    built: str = "1", driver: str = "13000", nvml: Path | None = None, machine: str = "",
+):  # fmt: skip
+    """``machine``: the GPUs that NVML names; the driver shows one of ``capability``."""
+    paths = [str(stub.parent), str(nvml.parent) if nvml else "", os.environ.get("LD_LIBRARY_PATH")]
     done = subprocess.run(
         [sys.executable, "-c", PROLOGUE + script, str(library), str(stub), built],
         cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)),
-             "STUB_CAPABILITY": capability},
+        env={**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths)), "STUB_DRIVER": driver,
+             "STUB_CAPABILITY": capability, "STUB_MACHINE": machine},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Overriding" not in done.stderr, done.stderr
@@ -364,6 +411,30 @@ def run_with_gpu(script: str, library: Path, stub: Path, capability: str, built:
 @pytest.mark.parametrize("capability", ["80", "90", "120"])
 def test_the_default_op_reaches_the_library(library, stub, capability):
     run_with_gpu(SERVED, library, stub, capability)
+
+
+@needs_nvcc
+def test_importing_does_not_initialise_cuda(library, nvml, tmp_path):
+    """After cuInit a forked child can no longer use CUDA: where NVML answers, it is not called."""
+    source = STUB.replace("int cuInit(unsigned) { return 0; }", "int cuInit(unsigned) { abort(); }")
+    fatal = stand_in(tmp_path, "libcuda.so.1", source.replace("{ abort", "{ std::abort"))
+    run_with_gpu(SERVED, library, fatal, "80", nvml=nvml, machine="8090")
+
+
+@needs_nvcc
+def test_a_hidden_gpu_that_is_too_old_does_not_matter(library, stub, nvml):
+    script = SERVED + "assert _library.gpu_capabilities() == ((9, 0),)"
+    run_with_gpu(script, library, stub, "90", nvml=nvml, machine="7590")
+    expected = "is built for sm_80, sm_90a; a GPU here is sm_75"
+    run_with_gpu(NOT_SERVED.format(expected=expected), library, stub, "75", nvml=nvml, machine="75")
+
+
+@needs_nvcc
+def test_a_driver_older_than_the_toolkit_is_the_reason(library, stub, nvml):
+    expected = "is built with CUDA 13; the driver here serves 12.8"
+    script = NOT_SERVED.format(expected=expected)
+    run_with_gpu(script, library, stub, "90", driver="12080")
+    run_with_gpu(script, library, stub, "90", driver="12080", nvml=nvml, machine="90")
 
 
 def test_architectures_served():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastenc.ops import _library
 from fastenc.ops._registry import debug_checks_enabled
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -87,6 +88,18 @@ def is_int(value: object) -> bool:
 
 
 def cuda_head_dim(x: Tensor) -> str | None:
-    """What the CUDA attention kernels do not serve: a head of more than 128."""
+    """What the CUDA attention kernels do not serve: a head of more than 128, or of more than 96
+    where a block has less shared memory than the backward's 108 KiB (sm_86, sm_89, sm_120)."""
+    most = 128 if _library.shared_memory() >= 108 else 96
     head_dim = x.shape[-1]
-    return None if head_dim <= 128 else f"it serves head_dim up to 128, got {head_dim}"
+    return None if head_dim <= most else f"it serves head_dim up to {most}, got {head_dim}"
+
+
+def cuda_disentangled(x: Tensor) -> str | None:
+    """What the CUDA kernels of disentangled attention do not serve: a head of more than 128, or any
+    where a block has less shared memory than the backward's 160 KiB (sm_86, sm_89, sm_120)."""
+    if _library.shared_memory() < 160:
+        return (
+            f"it needs 160 KiB of shared memory a block, a GPU here has {_library.shared_memory()}"
+        )
+    return cuda_head_dim(x)

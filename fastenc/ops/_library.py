@@ -12,9 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
+from fastenc.ops import _gpus
+
 _cpu_reason: str | None = None
 _cuda_reason: str | None = None
 _cuda: ctypes.CDLL | None = None
+_gpus_served = _gpus.Gpus()
 
 try:
     _C = importlib.import_module("fastenc._C")
@@ -23,7 +26,9 @@ except ImportError as error:
     _cpu_reason = f"the C++ library is not built: {error}"
 
 
-_ARCHS = re.compile(rb"fastenc-cuda-archs:([0-9af;]+)\0")  # csrc/cuda/launch_counts.cu
+# csrc/cuda/launch_counts.cu
+_ARCHS = re.compile(rb"fastenc-cuda-archs:([0-9af;]+)\0")
+_TOOLKIT = re.compile(rb"fastenc-cuda-toolkit:(\d+)\0")
 
 
 def arch_served(archs: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -46,36 +51,33 @@ def arch_served(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def built_archs(path: str) -> list[str]:
-    """What a CUDA library was compiled for, read from the file: loading it would register it."""
+def _written_in(path: str, what: re.Pattern[bytes]) -> str | None:
+    """Read from the file: loading a library would register it."""
     with open(path, "rb") as file:
-        found = _ARCHS.search(file.read())
-    return found[1].decode().split(";") if found else []
+        found = what.search(file.read())
+    return found[1].decode() if found else None
 
 
-def gpu_capabilities() -> list[tuple[int, int]]:
-    """Compute capability of each visible GPU; none where the driver does not say.
+def built_archs(path: str) -> list[str]:
+    """What a CUDA library was compiled for."""
+    archs = _written_in(path, _ARCHS)
+    return archs.split(";") if archs else []
 
-    Asked of the driver itself: torch.cuda.get_device_capability would initialise CUDA in torch,
-    after which a forked process can no longer use it.
-    """
-    major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    found = []
-    for device in range(count.value):
-        numbers = []
-        for attribute in (major, minor):
-            if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-                return []
-            numbers.append(value.value)
-        found.append((numbers[0], numbers[1]))
-    return found
+
+def built_toolkit(path: str) -> int | None:
+    """Major version of the CUDA toolkit whose runtime is linked into it."""
+    major = _written_in(path, _TOOLKIT)
+    return int(major) if major else None
+
+
+def gpu_capabilities() -> tuple[tuple[int, int], ...]:
+    """Compute capability of each GPU that the CUDA library was loaded for."""
+    return _gpus_served.capabilities
+
+
+def shared_memory() -> int:
+    """KiB that a block may use on each of those GPUs."""
+    return min(map(_gpus.shared_memory, gpu_capabilities()), default=_gpus.shared_memory((9, 0)))
 
 
 def _open_cuda(path: str) -> ctypes.CDLL:
@@ -87,30 +89,46 @@ def _open_cuda(path: str) -> ctypes.CDLL:
     return library
 
 
+def _unfit(path: str, gpus: _gpus.Gpus) -> str | None:
+    """Why the library cannot serve every one of these GPUs."""
+    archs = built_archs(path)
+    for major, minor in gpus.capabilities:
+        if not arch_served(archs, (major, minor)):
+            built = ", ".join(f"sm_{arch}" for arch in archs)
+            return f"the CUDA library is built for {built}; a GPU here is sm_{major}{minor}"
+    toolkit = built_toolkit(path)
+    if gpus.driver is not None and toolkit is not None and gpus.driver[0] < toolkit:
+        newest = ".".join(map(str, gpus.driver))
+        return f"the CUDA library is built with CUDA {toolkit}; the driver here serves {newest}"
+    return None
+
+
 def _load_cuda() -> str | None:
     """Load the CUDA library where a GPU can use it; returns why not, if so.
 
     Only a library that serves is loaded: its kernels take the CUDA key of ``fastenc``, which
     Triton's kernels get otherwise.
     """
-    global _cuda
+    global _cuda, _gpus_served
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     paths = sorted(glob.glob(os.path.join(here, "_cuda*.so")))
     if not paths:
         return "the CUDA library is not built (nvcc was not found, or FASTENC_CUDA=0)"
     if torch.version.cuda is None:
         return "this torch has no CUDA"
-    if not torch.cuda.is_available():
+    if torch.cuda.device_count() == 0:  # is_available() would initialise CUDA
         return "no GPU is available"
-    archs = built_archs(paths[0])
-    for major, minor in gpu_capabilities():
-        if not arch_served(archs, (major, minor)):
-            built = ", ".join(f"sm_{arch}" for arch in archs)
-            return f"the CUDA library is built for {built}; a GPU here is sm_{major}{minor}"
+    gpus = _gpus.installed()
+    if gpus is None or _unfit(paths[0], gpus):  # the unfit one may be hidden from this process
+        gpus = _gpus.visible()
+    reason = _unfit(paths[0], gpus)
+    if reason is not None:
+        return reason
     try:
         _cuda = _open_cuda(paths[0])
     except OSError as error:
         return f"the CUDA library does not load: {error}"
+    _gpus_served = gpus
     return None
 
 

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -322,7 +322,7 @@ def unavailable(name: str, backend: str) -> str | None:
             return "there is no Triton kernel for this op"
         if not _exists("triton"):
             return "triton is not installed (pip install fastenc[gpu])"
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        if torch.cuda.device_count() == 0 and os.environ.get("TRITON_INTERPRET") != "1":
             return "no GPU is available (TRITON_INTERPRET=1 runs Triton kernels on CPU tensors)"
         return None
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastenc_cuda::{name}_fwd", "CUDA"):
@@ -344,7 +344,7 @@ def _refused(name: str, x: torch.Tensor) -> str | None:
 
 
 def measured_for_triton(
-    table: dict[tuple[str, str], float], capabilities: list[tuple[int, int]]
+    table: dict[tuple[str, str], float], capabilities: Sequence[tuple[int, int]]
 ) -> frozenset[str]:
     """Ops that ``table`` leaves to Triton: its entries for the one kind of GPU that is here."""
     chips = {f"sm_{major}{minor}" for major, minor in capabilities}

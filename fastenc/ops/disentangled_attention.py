@@ -67,7 +67,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(5),
-        cuda_refuses=_checks.cuda_head_dim,
+        cuda_refuses=_checks.cuda_disentangled,
     )
 )
 
