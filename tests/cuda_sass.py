@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +63,15 @@ def cuobjdump() -> str:
     return found
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While another process of the tests compiles into ``folder``, wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
     """Kernels of ``csrc/cuda/<source>`` for ``arch`` by demangled name, and what nvcc said; with
     them, those of the sources that setup.py compiles as one with it.
@@ -71,12 +83,12 @@ def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
     if nvcc is None:
         pytest.skip(line)
     tool, folder = cuobjdump(), Path(build.object_folder(list(ARCHS)))
-    folder.mkdir(parents=True, exist_ok=True)
     units = build.units([str(path) for path in ROOT.glob("csrc/cuda/*.cu")])
     path = str(ROOT / "csrc" / "cuda" / source)
     unit = next(unit for unit in units.items() if path in unit[1])
     flags = build.nvcc_flags(list(ARCHS))
-    built = Path(build.compile_cuda(nvcc, *unit, str(folder), flags))
+    with alone(folder):
+        built = Path(build.compile_cuda(nvcc, *unit, str(folder), flags))
     log = built.with_suffix(".log").read_text()
     entry = re.compile(
         rf"Compiling entry function '(\w+)' for '{arch}'.*?(\d+) bytes stack frame, "
