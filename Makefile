@@ -44,9 +44,14 @@ build: $(VENV)/.built
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
 
+# Two processes (each up to 4 GB), a file of tests in one of them. Threads that wait sleep: there are
+# more of them than cores.
+TEST_JOBS ?= 2
+BESIDE = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
+
 test: $(VENV)/.test lint
-	$(PY) -m pytest tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	$(BESIDE) tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
+	TRITON_INTERPRET=1 $(BESIDE) tests/interpreter
 	$(PY) -m pytest tests/gates -m "not slow"
 
 lint: $(VENV)/.test

@@ -10,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Some names of tests hold numbers that are drawn as they are collected: the same in every process.
+torch.manual_seed(0)
+
 
 def pytest_sessionstart(session):
     if os.environ.get("FASTENC_SANITIZE") == "1":  # make sanitize
