@@ -21,8 +21,6 @@ from pathlib import Path
 
 import torch
 
-from fastenc.nn.linear import linear
-
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "triton", "gliner",
@@ -66,12 +64,15 @@ def machine() -> dict[str, object]:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+    except OSError:  # no git: a copy of the sources
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -84,9 +85,9 @@ def stamp() -> dict[str, object]:
     }
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, indent: int | None = 1) -> None:
     """Written to a temporary name and renamed: an interrupted run loses nothing."""
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(value, indent=indent, sort_keys=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
@@ -150,6 +151,8 @@ MATRIX_FLOPS = 2 * 2048 * 768 * 2304
 def matrix_product() -> Callable[[], torch.Tensor]:
     """An fp32 linear layer at ModernBERT-base's Wi shape, 2048 tokens: ``MATRIX_FLOPS``; by
     fastenc's product or torch's, whichever fastenc takes on this machine."""
+    from fastenc.nn.linear import linear
+
     x, layer = torch.randn(2048, 768), torch.nn.Linear(768, 2304, bias=False)
 
     @torch.inference_mode()

@@ -112,6 +112,11 @@ def test_results_are_written_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
 
 
+def test_commit_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert measure.commit() == "unknown"
+
+
 def test_attention_rate_at_toy_size():
     rows = list(
         attention_rate.rates(("varlen_attention",), attention_rate.TOY, 1, time.process_time)
