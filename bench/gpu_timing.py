@@ -6,9 +6,11 @@ and the figures mean nothing, but every line of the benchmark has run.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ Call = Callable[[], object]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 ROUNDS = 15
+SECONDS = 2.0  # of rounds, of one call: a slow one has fewer
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,79 @@ def cold_copies(bytes_a_call: int) -> int:
     return int(max(1, min(wanted, 64, 16e9 // max(bytes_a_call, 1))))
 
 
+# ---- streams and graphs --------------------------------------------------------------------------
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def on_side_stream() -> Iterator[None]:
+    """Everything inside is on the one stream that is captured.
+
+    autograd runs a node on its forward's stream and joins its leaves': inputs, forward, warm-up and
+    capture belong on the same one, or the capture meets the default stream and fails.
+    """
+    if not CUDA:
+        yield
+        return
+    side, before = side_stream(), torch.cuda.current_stream()
+    side.wait_stream(before)
+    with torch.cuda.stream(side):  # restored after a failed capture too, which leaves its own set
+        yield
+    before.wait_stream(side)
+
+
+def captured(run: Call) -> Call | None:
+    """The replay of ``run``, or None where it cannot be captured."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=side_stream()):
+            run()
+    except Exception:
+        del graph
+        heal(pool)
+        return None
+    return graph.replay
+
+
+def heal(pool: tuple[int, int]) -> None:
+    """Undo what a capture that failed leaves behind in torch."""
+    torch.cuda.synchronize()
+    # The allocator still serves the capture from its pool: torch has not come to end that.
+    with contextlib.suppress(RuntimeError):  # it had
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    # Before torch 2.13 the random generator believes that it is captured until a capture succeeds.
+    x = torch.zeros(1, device=DEVICE)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side_stream()):
+        x.add_(1)
+
+
+def context_is_lost() -> bool:
+    """Whether CUDA refuses everything from now on in this process, as after an illegal access."""
+    if not CUDA:
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:
+        return True
+    return False
+
+
+def free_memory() -> None:
+    """What torch keeps for later, given back: the next row's sizes are others."""
+    if CUDA:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
 def _events(run: Call, rounds: int) -> list[float]:
     times = []
     for _ in range(rounds):
@@ -59,8 +135,12 @@ def _events(run: Call, rounds: int) -> list[float]:
     return times
 
 
+@on_side_stream()
 def timed(calls: Sequence[Call], rounds: int = ROUNDS, graph: bool = True) -> Timing:
-    """Median time of one call over a rotation of ``calls``, each with inputs of its own."""
+    """Median time of one call over a rotation of ``calls``, each with inputs of its own.
+
+    ``graph``: False for what is known to synchronise, which no graph can hold.
+    """
     if not CUDA:
         calls[0]()
         start = time.perf_counter()
@@ -72,25 +152,37 @@ def timed(calls: Sequence[Call], rounds: int = ROUNDS, graph: bool = True) -> Ti
         for call in calls:
             call()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        rotate()
-        rotate()
+    rotate()
+    rotate()
     torch.cuda.synchronize()
-    run, how = rotate, "events"
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(captured, stream=side):
-                rotate()
-            run, how = captured.replay, "graph"
-        except RuntimeError:
-            torch.cuda.synchronize()
-    run()
+    replay = captured(rotate) if graph else None
+    run, how = (replay, "graph") if replay else (rotate, "events")
+    once = _events(run, 1)[0]
+    rounds = max(3, min(rounds, int(SECONDS / max(once, 1e-9))))
     return Timing(statistics.median(_events(run, rounds)) / len(calls), how)
 
 
+def wall_seconds(run: Call) -> float:
+    """Of one call, until the GPU has done it."""
+    if CUDA:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median_of(sample: Callable[[], float], rounds: int, deadline: Deadline) -> float:
+    """Median of ``rounds`` samples, fewer where the time is up; one before them warms."""
+    sample()
+    samples = [sample()]
+    while len(samples) < rounds and deadline.left > 0:
+        samples.append(sample())
+    return statistics.median(samples)
+
+
+@on_side_stream()
 def backward_call(forward: Call, leaves: Sequence[torch.Tensor]) -> Call:
     """A call of the backward alone; the forward has run."""
     out = forward()
@@ -124,7 +216,5 @@ def attempt(call: Callable[[], Timing]) -> dict[str, object]:
         timing = call()
         return {"seconds": timing.seconds, "how": timing.how}
     except Exception as error:
-        if CUDA:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        context_is_lost()  # waits, and frees what the call left
         return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
