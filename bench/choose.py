@@ -19,7 +19,7 @@ def ratios(result: dict) -> dict[tuple[str, str], float]:
     """{(op, chip): time of the CUDA library / time of Triton} of one result of ``bench.gpu``."""
     logs: dict[tuple[str, str], list[float]] = {}
     chip = "sm_" + result["machine"]["capability"].replace(".", "")
-    for row in result["ops"]:
+    for row in result.get("ops", []):
         times = [row["runs"].get(f"fastenc {b}", {}).get("seconds") for b in ("cuda", "triton")]
         if all(times):
             logs.setdefault((row["op"], chip), []).append(math.log(times[0] / times[1]))

@@ -1,177 +1,209 @@
 """``python -m bench.gpu``: build, test and time everything on this machine's GPU in nine minutes.
 
-Builds the CUDA library where nvcc is, runs ``pytest -m gpu``, times every op forward and backward
-and ModernBERT, GLiNER, SetFit and embedding end to end beside their floors and peers, runs the CPU
-kernels' tests, and writes one JSON to bench/results/<machine>/<date>-<commit>.json. Without a GPU
-it runs at toy size in Triton's interpreter and writes to a temporary folder, unless --out names a
-file.
+Installs fastenc, with the CUDA library where nvcc is, runs GPU tests and the CPU kernels' tests,
+times every op forward and backward and ModernBERT, GLiNER, SetFit and embedding end to end beside
+their floors and peers, and writes one JSON to bench/results/<machine>/<date>-<commit>.json. What
+fails or hangs costs its own row; the file says why a row is missing, and holds at any moment what
+has been measured. Without a GPU it runs at toy size in Triton's interpreter and writes to a
+temporary folder, unless --out names a file.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import collections
+import importlib.util
 import json
 import os
-import re
-import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from bench.gpu_process import OUT_OF_TIME, ROOT, run
+
 SECONDS = 525.0
-# What each part may take of the whole, in the order in which they run; the rest is imports.
-SHARES = {
-    "build": 0.23, "gpu tests": 0.26, "ops": 0.24, "models": 0.11, "training": 0.04,
-    "embedding": 0.02, "gliner": 0.02, "setfit": 0.02, "cpu tests": 0.05,
-}  # fmt: skip
+# What each part may take of the whole, in the order in which they run; what one leaves, the
+# others share.
+SHARES = {"build": 0.23, "gpu tests": 0.25, "cpu tests": 0.04, "measuring": 0.48}
 CPU_TESTS = (
     "tests/test_geglu.py", "tests/test_rope.py", "tests/test_add_layer_norm.py",
     "tests/test_segment_pool.py", "tests/test_varlen_attention.py",
 )  # fmt: skip
-
-
-def run(command: list[str], seconds: float, **environment: str) -> dict[str, object]:
-    """Exit status, wall time and the end of the output of a command; a time-out is recorded."""
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0),
-            env={**os.environ, **environment},
-        )  # fmt: skip
-        status, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as expired:
-        status, output = "out of time", str(expired.stdout or "")
-    return {
-        "command": " ".join(["python", *command[1:]]),
-        "status": status,
-        "seconds": round(time.monotonic() - start, 1),
-        "output": output[-4000:],
-    }
+TEST_SECONDS = 45  # a test that takes longer hangs
+STARTS = 10  # of the measuring process, at most
 
 
 def build(seconds: float) -> dict[str, object]:
-    if not list(ROOT.glob("csrc/cuda/*.cu")):
-        return {"status": "no CUDA sources"}
-    if shutil.which("nvcc") is None:
-        return {"status": "no nvcc"}
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    return run([*pip, "-e", "."], seconds)
+    """Install fastenc; without the CUDA library where that fails, for Triton and the CPU."""
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation"]
+    start = time.monotonic()
+    done = run([*pip, "-e", "."], seconds)
+    if done["status"] != 0:
+        left = max(seconds / 2, seconds - (time.monotonic() - start))
+        done["without CUDA"] = run([*pip, "-e", "."], left, FASTENC_CUDA="0")
+    return done
 
 
-def tests(seconds: float, has_gpu: bool) -> dict[str, object]:
-    """``pytest -m gpu``, of the files that have such tests: importing the rest takes a minute."""
+def workers() -> list[str]:
+    """Compiling Triton's kernels is what GPU tests spend their time on, and the host does that."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(os.cpu_count() or 1, 12)), "--maxschedchunk", "4"]  # in order, nearly
+
+
+def run_tests(
+    files: list[str], seconds: float, *options: str, **environment: str
+) -> dict[str, object]:
+    """pytest on ``files``: its end, and what bench/pytest_gpu.py noted of each test."""
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "tests.jsonl"
+        plugin = ["-p", "bench.pytest_gpu", "--each-test", str(TEST_SECONDS)]
+        done = run(
+            [sys.executable, "-m", "pytest", *files, *plugin, "--tb=short",
+             "--continue-on-collection-errors", *workers(), *options],
+            seconds, TRITON_INTERPRET="0", OMP_NUM_THREADS="2", FASTENC_TEST_NOTES=str(notes),
+            **environment,
+        )  # fmt: skip
+        return done | summary(notes.read_text() if notes.exists() else "")
+
+
+def summary(notes: str) -> dict[str, object]:
+    """Counts by outcome of all tests that were collected, and what failed."""
+    collected, out, outcomes, reasons = 0, 0, {}, {}
+    for line in notes.splitlines():
+        note = json.loads(line)
+        collected, out = note.get("collected", collected), note.get("left out", out)
+        if "test" in note:
+            outcomes[note["test"]], reasons[note["test"]] = note["outcome"], note["why"]
+    counts = collections.Counter(outcomes.values())
+    wrong = [name for name, outcome in outcomes.items() if outcome in ("failed", "not collected")]
+    skipped = collections.Counter(reasons[n] for n, how in outcomes.items() if how == "skipped")
+    reached = sum(counts.values()) - counts["not collected"]
+    return {
+        "collected": collected, "ran": counts["passed"] + counts["failed"],
+        "outcomes": dict(counts), "left out": out, "not reached": collected - out - reached,
+        "failures": {name: reasons[name] for name in wrong[:200]},
+        "skipped": dict(skipped.most_common(40)),
+    }  # fmt: skip
+
+
+def gpu_tests(seconds: float, has_gpu: bool) -> dict[str, object]:
+    """``pytest -m gpu``, of the files that have such tests: importing the rest takes a minute.
+
+    In the CUDA library first; of the parity cases on Triton each in one dtype, not in three.
+    """
     marked = (p for p in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in p.read_text())
     files = [str(path.relative_to(ROOT)) for path in marked]
-    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-rf", "--maxfail=25"]
+    options = ["-m", "gpu", "--thin-triton"]
     if not has_gpu:  # they are skipped by name; collecting them is what can break
-        command.append("--collect-only")
-    return run(command, seconds, TRITON_INTERPRET="0")
+        options.append("--collect-only")
+    return run_tests(files, seconds, *options)
 
 
 def cpu_tests(seconds: float, has_gpu: bool) -> dict[str, object]:
     files = [path for path in CPU_TESTS if (ROOT / path).exists()]
-    command = [sys.executable, "-m", "pytest", *files, "-k", "cpu and parity", "-x"]
-    if not has_gpu:
-        command.append("--collect-only")
-    return run(command, seconds, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    options = ["-k", "cpu and parity"] + ([] if has_gpu else ["--collect-only"])
+    return run_tests(files, seconds, *options, CUDA_VISIBLE_DEVICES="")
 
 
-def machine() -> dict[str, object]:
-    import torch
+def measuring_command(path: Path, seconds: float) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu_steps", str(path), "--seconds", f"{seconds:.1f}"]
 
+
+def measure_all(path: Path, left: Callable[[], float]) -> None:
+    """The measuring process until it is done; behind each run that takes it down, the next one."""
     from bench import measure
+    from bench.gpu_record import LOST, load, note_death
 
-    try:
-        found: dict[str, object] = {"host": measure.machine()}
-    except (ImportError, AttributeError) as error:
-        found = {"host": {"error": str(error)}}
-    if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": p.name, "multiprocessors": p.multi_processor_count,
-            "memory_gib": round(p.total_memory / 2**30, 1), "l2_mib": p.L2_cache_size / 2**20,
-            "capability": f"{p.major}.{p.minor}", "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-        }  # fmt: skip
-        name = re.sub(r"[^a-z0-9]+", "-", p.name.lower()).strip("-")
-        found["name"] = next((chip for chip in ("h200", "h100", "a100") if chip in name), name)
-    else:
-        found["name"] = "interpreter"
-    return found
+    ends = []
+    while len(ends) < STARTS and left() > 1:
+        # faulthandler begins with the word for a hang, and goes on with every thread.
+        done = run(measuring_command(path, left() - 1), left(), show=True, tail=10**6)
+        result = load(path)
+        status = done["status"]
+        ends.append({key: done[key] for key in ("status", "seconds")})
+        if status not in (0, LOST):
+            ends[-1]["output"] = done["output"][-4000:]
+        result["processes"] = result.get("processes", []) + ends[-1:]
+        went_on = status == LOST or (status != 0 and note_death(result, status, done["output"]))
+        measure.write_json(path, result, indent=None)
+        if status != 0:
+            print(f"measuring: {status}\n{done['output'][-2000:]}", flush=True)
+        if not went_on or status == OUT_OF_TIME:
+            return
 
 
-def default_path(stamp: dict, has_gpu: bool) -> Path:
+def finish(path: Path, out: Path | None) -> Path:
+    """Say what was not reached, and move the file to its name."""
     from bench import measure
+    from bench.gpu_record import STEPS, load
 
-    folder = measure.RESULTS / str(stamp["machine"]["name"])
-    if not has_gpu:
-        folder = Path(tempfile.mkdtemp())
-    return folder / f"{stamp['date']}-{stamp['commit']}.json"
+    result = load(path)
+    for name in STEPS:
+        if name not in result.get("step_seconds", {}):
+            result.setdefault("step_errors", {}).setdefault(name, "not reached, or cut short")
+    if out is None and "machine" in result:
+        folder = measure.RESULTS / str(result["machine"]["name"])
+        if "gpu" not in result["machine"]:
+            folder = path.parent
+        out = folder / f"{result['date']}-{result['commit']}.json"
+    out = out or path
+    measure.write_json(out, result)
+    if out != path:
+        path.unlink()
+    return out
 
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time for everything")
-    parser.add_argument("--no-build", action="store_true", help="do not build the CUDA library")
+    parser.add_argument("--no-build", action="store_true", help="do not install fastenc first")
     parser.add_argument("--no-tests", action="store_true", help="do not run the tests")
     options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
 
     import torch
 
+    from bench import measure
+    from bench.gpu_record import budget
+
     has_gpu = torch.cuda.is_available()
-    if not has_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    shares = {name: share * options.seconds for name, share in SHARES.items()}
-    end = time.monotonic() + options.seconds
+    shares = dict(SHARES)
+    if options.no_build or not has_gpu:
+        del shares["build"]
+    if options.no_tests:
+        del shares["gpu tests"], shares["cpu tests"]
+
+    def left() -> float:
+        return end - time.monotonic()
+
     result: dict[str, object] = {}
-    if has_gpu and not options.no_build:  # before fastenc is imported
-        result["build"] = build(shares["build"])
-        print(f"build: {result['build']['status']}", flush=True)
-
-    import fastenc
-    from bench import (
-        gpu_embedding,
-        gpu_gliner,
-        gpu_models,
-        gpu_ops,
-        gpu_setfit,
-        gpu_training,
-        measure,
-    )
-    from bench.gpu_timing import Deadline, ceilings
-
-    result |= {
-        "machine": machine(), "date": datetime.date.today().isoformat(),
-        "commit": measure.commit(), "versions": measure.versions(),
-        "backends": fastenc.backends(), "ceilings": ceilings(),
-    }  # fmt: skip
-    print(json.dumps(result["ceilings"]), flush=True)
-    path = options.out or default_path(result, has_gpu)
+    path = options.out or (ROOT / "build" if has_gpu else Path(tempfile.mkdtemp())) / "gpu.json"
+    path.unlink(missing_ok=True)
     steps = {
-        "gpu tests": lambda seconds: tests(seconds, has_gpu),
-        "ops": lambda seconds: gpu_ops.measure(result["ceilings"], Deadline(seconds)),
-        "models": lambda seconds: gpu_models.measure(result["ceilings"], Deadline(seconds)),
-        "training": lambda seconds: gpu_training.measure(result["ceilings"], Deadline(seconds)),
-        "embedding": lambda seconds: gpu_embedding.measure(result["ceilings"], Deadline(seconds)),
-        "gliner": lambda seconds: gpu_gliner.measure(result["ceilings"], Deadline(seconds)),
-        "setfit": lambda seconds: gpu_setfit.measure(result["ceilings"], Deadline(seconds)),
+        "build": build,
+        "gpu tests": lambda seconds: gpu_tests(seconds, has_gpu),
         "cpu tests": lambda seconds: cpu_tests(seconds, has_gpu),
     }
-    for name, step in steps.items():
-        if "tests" in name and options.no_tests:
-            continue
-        result[name] = step(max(min(shares[name], end - time.monotonic()), 1.0))
-        if "tests" in name:
+    print(f"until it is done: {path}", flush=True)
+    for name in shares:
+        if name in steps:
+            try:
+                result[name] = steps[name](budget(name, shares, left()))
+            except Exception as error:
+                result[name] = {"status": f"{type(error).__name__}: {error}"}
             print(f"{name}: {result[name]['status']}", flush=True)
-        measure.write_json(path, result)  # after every step: a cut run keeps what it has
+            measure.write_json(path, result, indent=None)
+    measure_all(path, left)
+    path = finish(path, options.out)
     print(path)
     return path
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending what runs
     main()

@@ -4,14 +4,15 @@ characters, 32 texts a batch, padded)."""
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 import fastenc
-from bench.gpu_timing import CUDA, DEVICE, Deadline
+from bench.gpu_record import Found, Record
+from bench.gpu_timing import CUDA, DEVICE, median_of, wall_seconds
 
 TEXTS, LONGEST, ROUNDS = (4096, 250, 3) if CUDA else (6, 12, 1)
 MINILM = {
@@ -71,35 +72,30 @@ def sorted_and_padded(model, tokenizer) -> Callable[[list[str]], np.ndarray]:
     return encode
 
 
-def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
+def measure(record: Record) -> None:
     given = texts()
-    model, tokenizer = build()
-    plain = sorted_and_padded(model, tokenizer)
-    encoders: dict[str, Callable[[list[str]], np.ndarray]] = {
-        "fastenc": fastenc.Encoder(model, tokenizer).encode,
-        "fastenc, CUDA graphs": fastenc.Encoder(model, tokenizer, cuda_graphs=True).encode,
-        "transformers sdpa, sorted and padded": plain,
-    }
-    expected = plain(given)
     tokens = sum(len(text.split()) for text in given)
-    runs: dict[str, dict] = {name: {"seconds": []} for name in encoders}
-    for turn in range(ROUNDS + 1):
-        for name, encode in encoders.items():
-            if deadline.left <= 0 and turn > 1:
-                continue
-            start = time.perf_counter()
-            vectors = encode(given)
-            seconds = time.perf_counter() - start
-            runs[name]["difference"] = float(np.abs(vectors - expected).max())
-            if turn:  # the first one warms
-                runs[name]["seconds"].append(seconds)
-    for run in runs.values():
-        run["seconds"] = float(np.median(run["seconds"]))
-        run["tokens_per_second"] = tokens / run["seconds"]
-    record = {
-        "model": "MiniLM shape, embedding", "shape": f"{len(given)} mixed texts",
-        "tokens": tokens, "runs": runs,
-    }  # fmt: skip
-    rates = (f"{n} {r.get('tokens_per_second', 0) / 1e6:.3f}M tokens/s" for n, r in runs.items())
-    print(f"{record['model']} {record['shape']}: {' | '.join(rates)}", flush=True)
-    return [record]
+    built = functools.cache(build)
+    encoders: dict[str, Callable[[], Callable[[list[str]], np.ndarray]]] = {
+        "fastenc": lambda: fastenc.Encoder(*built()).encode,
+        "fastenc, CUDA graphs": lambda: fastenc.Encoder(*built(), cuda_graphs=True).encode,
+        "transformers sdpa, sorted and padded": lambda: sorted_and_padded(*built()),
+    }
+    expected = functools.cache(lambda: sorted_and_padded(*built())(given))
+    row = record.row(
+        "embedding", model="MiniLM shape, embedding", shape=f"{len(given)} mixed texts",
+        tokens=tokens,
+    )  # fmt: skip
+
+    def time(factory: Callable[[], Callable], found: Found) -> None:
+        encode = factory()
+        sample = functools.partial(wall_seconds, lambda: encode(given))
+        found["seconds"] = median_of(sample, ROUNDS, record.deadline)
+        found["tokens_per_second"] = tokens / found["seconds"]
+        found["difference"] = float(np.abs(encode(given) - expected()).max())
+
+    for name, factory in encoders.items():
+        record.run(row, name, functools.partial(time, factory))
+    runs = row["runs"].items()
+    rates = (f"{n} {r.get('tokens_per_second', 0) / 1e6:.3f}M tokens/s" for n, r in runs)
+    print(f"{row['model']} {row['shape']}: {' | '.join(rates)}", flush=True)

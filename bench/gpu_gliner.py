@@ -7,6 +7,7 @@ no gliner on the GPU machine; tests hold it to fastenc's model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fastenc
-from bench.gpu_timing import CUDA, DEVICE, Deadline, attempt, timed
+from bench.gpu_record import OURS, PEERS, Found, Record, of_kinds
+from bench.gpu_timing import CUDA, DEVICE, free_memory, timed
 from fastenc.models._gliner_batch import GLiNERBatch
 from fastenc.models._gliner_config import GLiNERConfig
 
@@ -34,7 +36,7 @@ TOY = {
     "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 100,
     "num_attention_heads": 2, "position_buckets": 16, "max_position_embeddings": 64,
 }  # fmt: skip
-LABELS = 5
+LABELS, TEXTS = 5, 32 if CUDA else 4
 
 
 @dataclass(frozen=True)
@@ -129,68 +131,72 @@ def valid(logits: Tensor, lengths: Tensor) -> Tensor:
     return logits[(end < lengths[:, None, None]).to(logits.device)]
 
 
-def runners(model: fastenc.GLiNER, packed: GLiNERBatch, padded: Padded) -> dict[str, Callable]:
-    plain = PlainGLiNER(model).eval().to(DEVICE, next(model.parameters()).dtype)
-    mask = packed.span_mask(model.config.max_width)
+class Bench:
+    """A model with its inputs, made at its first use."""
 
-    def compiled() -> Callable:
-        encoder, plain.encoder = plain.encoder, torch.compile(plain.encoder)
+    def __init__(self, settings: dict):
+        self.settings = settings
 
-        def run() -> Tensor:
-            return valid(plain(padded), padded.lengths)
+    @functools.cached_property
+    def model(self) -> fastenc.GLiNER:
+        return build(self.settings).to(DEVICE, torch.float16 if CUDA else torch.float32)
 
-        run()
-        plain.encoder = encoder
-        return run
+    @functools.cached_property
+    def inputs(self) -> tuple[GLiNERBatch, Padded]:
+        return inputs(self.model, TEXTS)
 
-    return {
-        "fastenc": lambda: lambda: model.logits(packed)[mask],
-        "gliner's forward": lambda: lambda: valid(plain(padded), padded.lengths),
-        **({"gliner's forward, torch.compile": compiled} if CUDA else {}),
-    }
+    @functools.cached_property
+    def expected(self) -> Tensor:
+        return self.theirs()().float()
 
+    def plain(self) -> PlainGLiNER:
+        return PlainGLiNER(self.model).eval().to(DEVICE, next(self.model.parameters()).dtype)
 
-def measure_row(name: str, settings: dict, deadline: Deadline) -> dict:
-    dtype = torch.float16 if CUDA else torch.float32
-    model = build(settings).to(DEVICE, dtype)
-    packed, padded = inputs(model, 32 if CUDA else 4)
-    runs: dict[str, dict] = {}
-    expected: Tensor | None = None
-    with torch.inference_mode():
-        for runner, factory in runners(model, packed, padded).items():
-            if deadline.left <= 0:
-                runs[runner] = {"error": "out of time"}
-                continue
-            extra: dict[str, object] = {}
+    def ours(self) -> Callable[[], Tensor]:
+        packed = self.inputs[0]
+        mask = packed.span_mask(self.model.config.max_width)
+        return lambda: self.model.logits(packed)[mask]
 
-            def call(factory=factory, extra=extra):
-                nonlocal expected
-                run = factory()
-                with fastenc.record() as ran:
-                    logits = run().float()
-                expected = logits if expected is None else expected
-                extra["difference"] = (logits - expected).abs().max().item()
-                extra["fallbacks"] = ran.fallbacks
-                return timed([run], rounds=9, graph=False)
+    def theirs(self, compiled: bool = False) -> Callable[[], Tensor]:
+        plain, padded = self.plain(), self.inputs[1]
+        if compiled:
+            plain.encoder = torch.compile(plain.encoder)
+        return lambda: valid(plain(padded), padded.lengths)
 
-            runs[runner] = {**attempt(call), **extra}
-            if "seconds" in runs[runner]:
-                runs[runner]["texts_per_second"] = packed.num_seqs / runs[runner]["seconds"]
-    return {
-        "model": f"GLiNER, {name} shape", "shape": f"{packed.num_seqs} mixed texts",
-        "words": packed.words, "tokens": packed.tokens.total_tokens, "runs": runs,
-    }  # fmt: skip
-
-
-def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
-    results = []
-    for name, settings in (SHAPES if CUDA else {"toy": TOY}).items():
-        results.append(measure_row(name, settings, deadline))
-        rates = (
-            f"{n} {r['texts_per_second']:.1f} texts/s" if "seconds" in r else f"{n}: {r['error']}"
-            for n, r in results[-1]["runs"].items()
-        )
-        print(f"{results[-1]['model']}: {' | '.join(rates)}", flush=True)
+    def runners(self) -> dict[str, Callable[[], Callable]]:
+        found = {"fastenc": self.ours, "gliner's forward": self.theirs}
         if CUDA:
-            torch.cuda.empty_cache()
-    return results
+            found["gliner's forward, torch.compile"] = lambda: self.theirs(compiled=True)
+        return found
+
+
+def measure_row(record: Record, name: str, bench: Bench, kinds: tuple[str, ...]) -> None:
+    done = record.row("gliner", model=f"GLiNER, {name} shape", shape=f"{TEXTS} mixed texts")
+
+    @torch.inference_mode()
+    def time(factory: Callable[[], Callable], found: Found) -> None:
+        run = factory()
+        packed = bench.inputs[0]
+        done.update(words=packed.words, tokens=packed.tokens.total_tokens)
+        with fastenc.record() as ran:
+            logits = run().float()
+        found["fallbacks"] = ran.fallbacks
+        found |= vars(timed([run], rounds=9, graph=False))
+        found["texts_per_second"] = TEXTS / found["seconds"]
+        found["difference"] = (logits - bench.expected).abs().max().item()
+
+    for runner, factory in (runs := of_kinds(bench.runners(), kinds)).items():
+        record.run(done, runner, functools.partial(time, factory))
+    shown = [
+        f"{n} {done['runs'][n].get('texts_per_second', done['runs'][n].get('error'))}" for n in runs
+    ]
+    if shown:
+        print(f"{done['model']}, texts/s: {' | '.join(shown)}", flush=True)
+
+
+def measure(record: Record, phases: tuple[tuple[str, ...], ...] = ((OURS,), (PEERS,))) -> None:
+    benches = {name: Bench(of) for name, of in (SHAPES if CUDA else {"toy": TOY}).items()}
+    for kinds in phases:
+        for name, bench in benches.items():
+            measure_row(record, name, bench, kinds)
+            free_memory()

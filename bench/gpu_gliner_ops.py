@@ -48,9 +48,10 @@ def span_rows() -> Iterator[Row]:
             "span_score", name, make, {**ours("span_score", score), **plain},
             (moved, moved + rows_bytes + label_bytes), (flops, 2 * flops),
         )  # fmt: skip
+        candidates = ours("span_candidates", found)
         yield Row(
-            "span_candidates", name, make, ours("span_candidates", found),
-            (rows_bytes + label_bytes, 0), (flops, 0),
+            "span_candidates", name, make, candidates, (rows_bytes + label_bytes, 0), (flops, 0),
+            synchronising=tuple(candidates),  # their number is what it waits for
         )  # fmt: skip
         pooled = 2 * spans * size + rows_bytes
         yield Row(
@@ -121,10 +122,5 @@ def disentangled_rows() -> Iterator[Row]:
             "disentangled_attention", batch_name(lengths), make,
             {**ours("disentangled_attention", attend), "transformers": theirs},
             (8 * elements, 16 * elements), (flops, flops * 5 // 2),
+            synchronising=("transformers",),  # it makes masks and constants on the CPU
         )  # fmt: skip
-
-
-def rows() -> Iterator[Row]:
-    yield from span_rows()
-    yield from token_rows()
-    yield from disentangled_rows()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import torch
 
 import fastenc
 from bench import gpu_packed_peer
-from bench.gpu_timing import CUDA, DEVICE, Deadline, Timing, attempt, timed
+from bench.gpu_record import OURS, PEERS, Found, Record, of_kinds
+from bench.gpu_timing import CUDA, DEVICE, free_memory, timed
 from fastenc.testing import useful_pairs
 
 LARGE = {
@@ -21,7 +23,8 @@ TOY = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "local_attention": 8,
 }  # fmt: skip
-SIZES = {"base": {}, "large": LARGE} if CUDA else {"toy": TOY}
+SETTINGS = {"base": {}, "large": LARGE, "toy": TOY}
+SIZES = ("base", "large") if CUDA else ("toy",)
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,25 @@ ROWS = (
 TOY_ROWS = (Row("2x5", (5, 5), compile=True), Row("ragged", (3, 6)))
 
 
-def build(settings: dict):
-    """transformers' ModernBERT with random weights, bf16 on a GPU."""
-    from transformers import ModernBertConfig, ModernBertModel
+def config_of(size: str):
+    from transformers import ModernBertConfig
+
+    special = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+    return ModernBertConfig(
+        **SETTINGS[size], vocab_size=50368 if CUDA else 64, attn_implementation="sdpa", **special
+    )
+
+
+@functools.cache
+def build(size: str) -> torch.nn.Module:
+    """transformers' ModernBERT with random weights, bf16 on a GPU; shared, so unchanged."""
+    from transformers import ModernBertModel
 
     torch.manual_seed(0)
-    special = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
-    config = ModernBertConfig(
-        **settings, vocab_size=50368 if CUDA else 64, attn_implementation="sdpa", **special
-    )
-    model = ModernBertModel(config).eval()
-    return model.to(DEVICE, torch.bfloat16) if CUDA else model
+    config = config_of(size)
+    with torch.device(DEVICE):  # weights drawn on a CPU take seconds
+        model = ModernBertModel(config).eval()
+    return model.to(torch.bfloat16) if CUDA else model
 
 
 def batch(row: Row, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -80,9 +91,9 @@ def flops(config, row: Row) -> int:
     return total
 
 
-def runners(model, row: Row) -> dict[str, Callable[[], Callable]]:
+def runners(size: str, row: Row) -> dict[str, Callable[[], Callable]]:
     def ours():
-        accelerated = fastenc.accelerate(copy.deepcopy(model))
+        accelerated = fastenc.accelerate(copy.deepcopy(build(size)))
 
         def run(inputs):
             with fastenc.use_backend(None if CUDA else "triton"):
@@ -91,18 +102,19 @@ def runners(model, row: Row) -> dict[str, Callable[[], Callable]]:
         return run
 
     def theirs():
-        return lambda inputs: model(**inputs).last_hidden_state
+        return lambda inputs: build(size)(**inputs).last_hidden_state
 
     def theirs_compiled():
-        compiled = torch.compile(model, dynamic=False)
+        torch.compiler.reset()
+        compiled = torch.compile(build(size), dynamic=False)
         return lambda inputs: compiled(**inputs).last_hidden_state
 
     def ours_graphed():
-        accelerated = fastenc.accelerate(copy.deepcopy(model), cuda_graphs=True)
+        accelerated = fastenc.accelerate(copy.deepcopy(build(size)), cuda_graphs=True)
         return lambda inputs: accelerated(**inputs).last_hidden_state
 
     def packed_by_hand():
-        return lambda inputs: gpu_packed_peer.forward(model, **inputs)
+        return lambda inputs: gpu_packed_peer.forward(build(size), **inputs)
 
     peers = {"fastenc": ours, "transformers sdpa": theirs, "torch varlen (FA2)": packed_by_hand}
     if row.graph and CUDA:
@@ -112,69 +124,64 @@ def runners(model, row: Row) -> dict[str, Callable[[], Callable]]:
     return peers
 
 
-def _time(factory, inputs: dict, exact: torch.Tensor) -> tuple[Timing, float, list[str]]:
-    """Time of a call as a user makes it (no graph), the largest difference on real tokens, and
-    what fell back."""
+def _time(
+    factory: Callable[[], Callable], inputs: dict, expected: Callable, rates: Callable, found: Found
+) -> None:
+    """Time of a call as a user makes it (no graph), what fell back, and the largest difference on
+    real tokens; that last, since it needs transformers' forward too."""
     run = factory()
     real = inputs["attention_mask"].bool()
     with torch.inference_mode(), fastenc.record() as ran:
-        difference = (run(inputs).float() - exact.float())[real].abs().max().item()
-        timing = timed([lambda: run(inputs)], rounds=9, graph=False)
-    return timing, difference, ran.fallbacks
+        out = run(inputs)
+        found |= vars(timed([lambda: run(inputs)], rounds=9, graph=False))
+    rates(found)
+    found["fallbacks"] = ran.fallbacks
+    found["difference"] = (out.float() - expected().float())[real].abs().max().item()
 
 
-def measure_row(size: str, model, row: Row, ceilings: dict, deadline: Deadline) -> dict:
-    inputs = batch(row, model.config.vocab_size)
-    with torch.inference_mode():
-        exact = model(**inputs).last_hidden_state
-    floor = flops(model.config, row) / ceilings["matrix_bf16"]
-    runs: dict[str, dict] = {}
-    for name, factory in runners(model, row).items():
-        if deadline.left <= 0:
-            runs[name] = {"error": "out of time"}
-            continue
-        extra: dict[str, object] = {}
-
-        def call(factory=factory, extra=extra) -> Timing:
-            timing, extra["difference"], extra["fallbacks"] = _time(factory, inputs, exact)
-            return timing
-
-        runs[name] = {**attempt(call), **extra}
-        if "seconds" in runs[name]:
-            seconds = runs[name]["seconds"]
-            runs[name]["tokens_per_second"] = row.tokens / seconds
-            runs[name]["floor_over_measured"] = floor / seconds
-    return {
-        "model": f"ModernBERT-{size}", "shape": row.name, "tokens": row.tokens,
-        "floor_seconds": floor, "runs": runs,
-    }  # fmt: skip
+def rates(tokens: int, floor: float, found: Found) -> None:
+    found["tokens_per_second"] = tokens / found["seconds"]
+    found["floor_over_measured"] = floor / found["seconds"]
 
 
-def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
-    results = []
-    for size, settings in SIZES.items():
-        model = build(settings)
-        for row in ROWS if CUDA else TOY_ROWS:
-            try:
-                results.append(measure_row(size, model, row, ceilings, deadline))
-            except Exception as error:
-                text = f"{type(error).__name__}: {str(error)[:300]}"
-                results.append({"model": f"ModernBERT-{size}", "shape": row.name, "error": text})
-            print(line(results[-1]), flush=True)
-        del model
-        if CUDA:
-            torch.cuda.empty_cache()
-    return results
+def measure_row(record: Record, size: str, row: Row, kinds: tuple[str, ...]) -> None:
+    config = config_of(size)
+    floor = flops(config, row) / record.result["ceilings"]["matrix_bf16"]
+    done = record.row(
+        "models", model=f"ModernBERT-{size}", shape=row.name, tokens=row.tokens, floor_seconds=floor
+    )
+    inputs = functools.cache(lambda: batch(row, config.vocab_size))
+
+    @functools.cache
+    def expected() -> torch.Tensor:
+        with torch.inference_mode():
+            return build(size)(**inputs()).last_hidden_state
+
+    for name, factory in (runs := of_kinds(runners(size, row), kinds)).items():
+
+        def call(found: Found, factory=factory) -> None:
+            _time(factory, inputs(), expected, functools.partial(rates, row.tokens, floor), found)
+
+        record.run(done, name, call)
+    if runs:
+        print(line(done, runs), flush=True)
 
 
-def line(record: dict) -> str:
-    head = f"{record['model']} {record['shape']}"
-    if "error" in record:
-        return f"{head}: {record['error']}"
-    shown = [
-        f"{name} {run['tokens_per_second'] / 1e6:.3f}M tokens/s ({run['floor_over_measured']:.0%})"
-        if "seconds" in run
-        else f"{name}: {run['error'].splitlines()[0][:60]}"
-        for name, run in record["runs"].items()
-    ]
-    return f"{head}: " + " | ".join(shown)
+def measure(record: Record, phases: tuple[tuple[str, ...], ...] = ((OURS,), (PEERS,))) -> None:
+    for kinds in phases:
+        for size in SIZES:
+            for row in ROWS if CUDA else TOY_ROWS:
+                measure_row(record, size, row, kinds)
+                free_memory()
+
+
+def line(row: dict, names: dict) -> str:
+    shown = []
+    for name in names:
+        run = row["runs"][name]
+        if "seconds" in run:
+            rate, share = run["tokens_per_second"] / 1e6, run["floor_over_measured"]
+            shown.append(f"{name} {rate:.3f}M tokens/s ({share:.0%})")
+        else:
+            shown.append(f"{name}: {run['error'].splitlines()[0][:60]}")
+    return f"{row['model']} {row['shape']}: " + " | ".join(shown)

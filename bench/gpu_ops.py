@@ -10,14 +10,14 @@ import torch
 
 import fastenc
 from bench import gpu_peers as peers
+from bench.gpu_record import COMPILED, OURS, PEERS, Found, Record, of_kinds
 from bench.gpu_timing import (
     CUDA,
     DEVICE,
-    Deadline,
-    Timing,
-    attempt,
     backward_call,
     cold_copies,
+    free_memory,
+    on_side_stream,
     timed,
 )
 from fastenc import testing
@@ -32,7 +32,8 @@ Make = Callable[[], tuple]
 class Row:
     """One shape of one op. ``make()`` builds (arguments, leaves); ``runs``: {name: factory of fn}.
 
-    ``moved`` and ``flops``: what forward and backward cannot do without.
+    ``moved`` and ``flops``: what forward and backward cannot do without. ``synchronising``: runs
+    whose forward waits for the GPU, as no graph can.
     """
 
     op: str
@@ -41,20 +42,25 @@ class Row:
     runs: dict[str, Callable[[], Callable]] = field(repr=False)
     moved: tuple[int, int]
     flops: tuple[int, int] = (0, 0)
+    synchronising: tuple[str, ...] = ()
 
 
 def ours(op: str, fn: Callable) -> dict[str, Callable[[], Callable]]:
-    """fastenc on each backend that serves this machine."""
+    """fastenc on each backend; one that does not serve this machine says why in its run's error."""
 
     def on(backend):
         def run(*args):
             with fastenc.use_backend(backend):
                 return fn(*args)
 
-        return lambda: run
+        def factory():
+            if (reason := fastenc.backends()[op][backend]) != "available":
+                raise NotImplementedError(reason)
+            return run
 
-    usable = (b for b in BACKENDS if fastenc.backends()[op][b] == "available")
-    return {f"fastenc {backend}": on(backend) for backend in usable}
+        return factory
+
+    return {f"fastenc {backend}": on(backend) for backend in BACKENDS}
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -175,68 +181,74 @@ def _attention_rows(lengths, window, heads, head_dim) -> Iterator[Row]:
     )
 
 
-def rows() -> Iterator[Row]:
-    from bench import gpu_gliner_ops
+def families() -> tuple[Callable[[], Iterator[Row]], ...]:
+    from bench import gpu_gliner_ops as gliner
 
-    yield from attention_rows()
-    yield from geglu_rows()
-    yield from rope_rows()
-    yield from add_layer_norm_rows()
-    yield from segment_pool_rows()
-    yield from gpu_gliner_ops.rows()
+    return (
+        attention_rows, geglu_rows, rope_rows, add_layer_norm_rows, segment_pool_rows,
+        gliner.span_rows, gliner.token_rows, gliner.disentangled_rows,
+    )  # fmt: skip
 
 
-def _time(factory, sets: list[tuple], backward: bool) -> Timing:
-    fn = factory()
-    if not backward:
+@on_side_stream()
+def _time(row: Row, name: str, backward: bool, sets: Callable[[], list], found: Found) -> None:
+    if name in of_kinds(row.runs, (COMPILED,)):
+        torch.compiler.reset()  # past eight shapes of one function dynamo compiles no more
+    fn = row.runs[name]()
+    if backward:
+        calls = [backward_call(functools.partial(fn, *args), leaves) for args, leaves in sets()]
+        timing = timed(calls)
+    else:
         with torch.no_grad():
-            calls = [functools.partial(fn, *args) for args, _ in sets]
-            return timed(calls)
-    calls = [backward_call(functools.partial(fn, *args), leaves) for args, leaves in sets]
-    return timed(calls)
+            calls = [functools.partial(fn, *args) for args, _ in sets()]
+            timing = timed(calls, graph=name not in row.synchronising)
+    found |= {"seconds": timing.seconds, "how": timing.how}
 
 
-def measure_row(row: Row, ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
-    """Records of the row, forward and backward if any: times, floor, floor / measured, errors."""
-    results = []
-    for backward in (False, True) if row.moved[1] else (False,):
-        moved, flops = row.moved[backward], row.flops[backward]
-        floor = max(moved / ceilings["copy"], flops / ceilings["matrix_bf16"])
-        sets = [row.make() for _ in range(cold_copies(moved))]
-        runs: dict[str, dict] = {}
-        for name, factory in row.runs.items():
-            if deadline.left <= 0:
-                runs[name] = {"error": "out of time"}
-                continue
-            runs[name] = attempt(functools.partial(_time, factory, sets, backward))
-            if "seconds" in runs[name]:
-                runs[name]["floor_over_measured"] = floor / runs[name]["seconds"]
-        results.append({
-            "op": row.op, "shape": row.name, "direction": "backward" if backward else "forward",
-            "bytes": moved, "flops": flops, "floor_seconds": floor, "runs": runs,
-        })  # fmt: skip
-        del sets
-    return results
+def measure_row(record: Record, row: Row, backward: bool, kinds: tuple[str, ...]) -> None:
+    """The row's runs of ``kinds``, in one direction: times, floor / measured, errors."""
+    moved, flops = row.moved[backward], row.flops[backward]
+    ceilings = record.result["ceilings"]
+    floor = max(moved / ceilings["copy"], flops / ceilings["matrix_bf16"])
+    done = record.row(
+        "ops", op=row.op, shape=row.name, direction="backward" if backward else "forward",
+        bytes=moved, flops=flops, floor_seconds=floor,
+    )  # fmt: skip
+    sets = functools.cache(lambda: [row.make() for _ in range(cold_copies(moved))])
+    for name in (runs := of_kinds(row.runs, kinds)):
+
+        def call(found: Found, name=name) -> None:
+            _time(row, name, backward, sets, found)
+            found["floor_over_measured"] = floor / found["seconds"]
+
+        record.run(done, name, call)
+    if runs:
+        print(line(done, runs), flush=True)
 
 
-def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
-    results = []
-    for row in rows():
-        records = measure_row(row, ceilings, deadline)
-        results += records
-        for record in records:
-            print(line(record), flush=True)
-        if CUDA:
-            torch.cuda.empty_cache()
-    return results
+def measure(record: Record, phases: tuple[tuple[str, ...], ...] = ((OURS,), (PEERS,))) -> None:
+    """Every row, a kind of runs at a time; of each kind the forwards first."""
+    rows: list[Row] = []
+    for family in families():
+        try:
+            rows += family()
+        except Exception as error:
+            record.error(f"{record.name}, {family.__name__}", error)
+    for kinds in phases:
+        for backward in (False, True):
+            for row in rows:
+                if not backward or row.moved[1]:
+                    measure_row(record, row, backward, kinds)
+                free_memory()
 
 
-def line(record: dict) -> str:
+def line(row: dict, names: dict) -> str:
     shown = []
-    for name, run in record["runs"].items():
+    for name in names:
+        run = row["runs"][name]
         if "seconds" in run:
             shown.append(f"{name} {run['seconds'] * 1e6:.1f} us ({run['floor_over_measured']:.0%})")
         else:
             shown.append(f"{name}: {run['error'].splitlines()[0][:60]}")
-    head = f"{record['op']} {record['shape']} {record['direction']}"
-    return f"{head}: floor {record['floor_seconds'] * 1e6:.1f} us | " + " | ".join(shown)
+    head = f"{row['op']} {row['shape']} {row['direction']}"
+    return f"{head}: floor {row['floor_seconds'] * 1e6:.1f} us | " + " | ".join(shown)

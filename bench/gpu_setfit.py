@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import statistics
+import functools
 import tempfile
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +12,8 @@ import torch
 
 import fastenc
 from bench.gpu_embedding import build
-from bench.gpu_timing import CUDA, DEVICE, Deadline
+from bench.gpu_record import Found, Record
+from bench.gpu_timing import CUDA, DEVICE, median_of, wall_seconds
 from fastenc.train._setfit_pairs import counts
 
 CLASSES, SHOTS, LONGEST, ROUNDS = (6, 8, 40, 3) if CUDA else (2, 2, 8, 1)
@@ -41,7 +41,7 @@ def ours(folder: str, pairing: str) -> float:
         pairing=pairing, num_epochs=(1, 1), batch_size=(BATCH, 2), show_progress_bar=False
     )
     trainer = fastenc.SetFitTrainer(model, args, {"text": texts, "label": labels})
-    return _seconds(trainer.train_embeddings)
+    return wall_seconds(trainer.train_embeddings)
 
 
 def theirs(folder: str) -> float:
@@ -77,43 +77,31 @@ def theirs(folder: str) -> float:
             schedule.step()
             optimizer.zero_grad()
 
-    return _seconds(train)
+    return wall_seconds(train)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
+def save(folder: str) -> None:
     model, tokenizer = build()
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(record: Record) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        model.float().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        saved = functools.cache(lambda: save(folder))
         runners: dict[str, Callable[[], float]] = {
             "fastenc, exact": lambda: ours(folder, "exact"),
             "fastenc, block": lambda: ours(folder, "block"),
             "setfit's loop": lambda: theirs(folder),
         }
-        times: dict[str, list[float]] = {name: [] for name in runners}
-        runs: dict[str, dict] = {}
-        for turn in range(ROUNDS + 1):
-            for name, run in runners.items():
-                if name in runs or (deadline.left <= 0 and turn > 1):
-                    continue
-                try:
-                    times[name].append(run())
-                except Exception as error:
-                    runs[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    for name, taken in times.items():
-        if name not in runs:
-            runs[name] = {"seconds": statistics.median(taken[1:])}  # the first one warms
-    shape = f"{CLASSES} classes x {SHOTS} shots, MiniLM shape"
-    shown = " | ".join(f"{n} {r.get('seconds', r.get('error'))}" for n, r in runs.items())
-    print(f"SetFit stage 1, {shape}: {shown}", flush=True)
-    return [{"model": "SetFit, stage 1", "shape": shape, "runs": runs}]
+        shape = f"{CLASSES} classes x {SHOTS} shots, MiniLM shape"
+        row = record.row("setfit", model="SetFit, stage 1", shape=shape)
+
+        def time(run: Callable[[], float], found: Found) -> None:
+            saved()
+            found["seconds"] = median_of(run, ROUNDS, record.deadline)
+
+        for name, run in runners.items():
+            record.run(row, name, functools.partial(time, run))
+    shown = " | ".join(f"{n} {r.get('seconds', r.get('error'))}" for n, r in row["runs"].items())
+    print(f"{row['model']}, {shape}: {shown}", flush=True)

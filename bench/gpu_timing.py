@@ -208,13 +208,3 @@ def matrix_rate(dtype: torch.dtype = torch.bfloat16) -> float:
 
 def ceilings() -> dict[str, float]:
     return {"copy": copy_bandwidth(), "matrix_bf16": matrix_rate()}
-
-
-def attempt(call: Callable[[], Timing]) -> dict[str, object]:
-    """The timing as plain data, or the error: a peer that fails is recorded, never fatal."""
-    try:
-        timing = call()
-        return {"seconds": timing.seconds, "how": timing.how}
-    except Exception as error:
-        context_is_lost()  # waits, and frees what the call left
-        return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}

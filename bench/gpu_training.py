@@ -4,14 +4,16 @@ the peak memory of inference, beside transformers' sdpa."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 import fastenc
-from bench.gpu_models import RAGGED, SIZES, batch, build, flops
-from bench.gpu_timing import CUDA, DEVICE, Deadline, attempt, timed
+from bench.gpu_models import RAGGED, SIZES, batch, build, config_of, flops, line, rates
+from bench.gpu_record import OURS, PEERS, Found, Record, of_kinds
+from bench.gpu_timing import CUDA, DEVICE, free_memory, timed
 
 
 @dataclass(frozen=True)
@@ -63,61 +65,53 @@ def trainer(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable
     return step
 
 
-def measure_row(size: str, model: torch.nn.Module, row: Row, ceilings: dict, training: bool):
-    inputs = batch(row, model.config.vocab_size)
-    floor = flops(model.config, row) * (3 if training else 1) / ceilings["matrix_bf16"]
-    runs: dict[str, dict] = {}
-    for name in ("fastenc", "transformers sdpa"):
-        twin = copy.deepcopy(model)
-        if name == "fastenc":
-            fastenc.accelerate(twin)
-        if training:
-            step = trainer(twin.float(), inputs)
-        else:
-            twin = twin.eval().to(torch.bfloat16 if CUDA else torch.float32)
+def step_of(size: str, name: str, inputs: dict, training: bool) -> Callable[[], object]:
+    """A training step or a forward of a copy of the model, accelerated for the run "fastenc"."""
+    twin = copy.deepcopy(build(size))
+    if name == "fastenc":
+        fastenc.accelerate(twin)
+    if training:
+        return trainer(twin.float(), inputs)
+    twin = twin.eval()
 
-            def step(twin=twin) -> object:
-                with torch.inference_mode():
-                    return twin(**inputs).last_hidden_state
+    @torch.inference_mode()
+    def run() -> object:
+        return twin(**inputs).last_hidden_state
 
-        extra: dict[str, object] = {}
+    return run
 
-        def call(step=step, extra=extra):
+
+def measure_row(record: Record, size: str, row: Row, training: bool, kinds: tuple[str, ...]):
+    config = config_of(size)
+    floor = flops(config, row) * (3 if training else 1) / record.result["ceilings"]["matrix_bf16"]
+    kind = "training step" if training else "inference, peak memory"
+    done = record.row(
+        "training", model=f"ModernBERT-{size}, {kind}", shape=row.name, tokens=row.tokens,
+        floor_seconds=floor,
+    )  # fmt: skip
+    inputs = functools.cache(lambda: batch(row, config.vocab_size))
+    runs = of_kinds(dict.fromkeys(("fastenc", "transformers sdpa"), step_of), kinds)
+    for name in runs:
+
+        def call(found: Found, name=name) -> None:
+            step = step_of(size, name, inputs(), training)
             with fastenc.record() as ran:
                 first = step()
                 if training:
-                    extra["loss"] = first.item()
+                    found["loss"] = first.item()
             del first
-            extra |= {"peak_bytes": peak(step), "fallbacks": ran.fallbacks}
-            return timed([step], rounds=7, graph=False)
+            found |= {"peak_bytes": peak(step), "fallbacks": ran.fallbacks}
+            found |= vars(timed([step], rounds=7, graph=False))
+            rates(row.tokens, floor, found)
 
-        runs[name] = {**attempt(call), **extra}
-        if "seconds" in runs[name]:
-            seconds = runs[name]["seconds"]
-            runs[name]["tokens_per_second"] = row.tokens / seconds
-            runs[name]["floor_over_measured"] = floor / seconds
-        del twin, step, call
-        if CUDA:
-            torch.cuda.empty_cache()
-    kind = "training step" if training else "inference, peak memory"
-    return {
-        "model": f"ModernBERT-{size}, {kind}", "shape": row.name, "tokens": row.tokens,
-        "floor_seconds": floor, "runs": runs,
-    }  # fmt: skip
+        record.run(done, name, call)
+        free_memory()
+    print(line(done, runs), flush=True)
 
 
-def measure(ceilings: dict[str, float], deadline: Deadline) -> list[dict]:
-    from bench.gpu_models import line
-
-    results = []
-    for size, settings in SIZES.items():
-        model = build(settings)
-        for training, rows in ((False, INFERENCE), (True, TRAINING)):
-            for row in rows:
-                if deadline.left <= 0:
-                    results.append({"model": size, "shape": row.name, "error": "out of time"})
-                    continue
-                results.append(measure_row(size, model, row, ceilings, training))
-                print(line(results[-1]), flush=True)
-        del model
-    return results
+def measure(record: Record) -> None:
+    for kinds in ((OURS,), (PEERS,)):
+        for size in SIZES:
+            for training, rows in ((False, INFERENCE), (True, TRAINING)):
+                for row in rows:
+                    measure_row(record, size, row, training, kinds)

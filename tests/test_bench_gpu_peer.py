@@ -1,6 +1,8 @@
 """The hand-packed peer of the GPU benchmark computes ModernBERT; torch's varlen attention, which
 runs on a GPU only, is stood in for by the op that is tested against it there."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.attention.varlen as varlen
@@ -16,7 +18,7 @@ def test_packed_peer_is_modernbert(monkeypatch):
         return fastenc.varlen_attention(q, k, v, cu_q, max_q, window_size)
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    model = gpu_models.build(gpu_models.TOY).to("cpu", torch.float32)
+    model = copy.deepcopy(gpu_models.build("toy")).to("cpu", torch.float32)
     inputs = {name: x.cpu() for name, x in gpu_models.batch(gpu_models.TOY_ROWS[1], 64).items()}
     real = inputs["attention_mask"].bool()
     with torch.inference_mode():
