@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import types
 
 import pytest
@@ -61,6 +62,8 @@ def run(tmp_path, monkeypatch):
 
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     monkeypatch.setenv("ORDER", str(tmp_path / "order"))
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # of the process that runs this test
 
     def run(sources: dict[str, str], *options: str) -> dict:
         for name, source in sources.items():
