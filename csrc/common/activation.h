@@ -4,11 +4,10 @@
 #include <string>
 #include <type_traits>
 
+#include "activation_kinds.h"
 #include "checks.h"
 
 namespace fastenc {
-
-enum class Activation { kGelu, kGeluTanh, kSilu };
 
 // Calls f(std::integral_constant<Activation, ...>).
 template <typename F>

@@ -84,6 +84,13 @@ inline Dtype dtype_of(const char* name, const Tensor& x) {
                                                    : Dtype::kFp16;
 }
 
+// A parameter of `size` elements.
+inline Parameter parameter(const char* name, const Tensor& p, int64_t size, const Tensor& like) {
+  check_cuda(name, p, like);
+  check_numel(name, p, size);
+  return {p.data_ptr(), dtype_of(name, p)};
+}
+
 // Shape and dtype only: the entries lie in device memory, and reading them would synchronise.
 inline const int32_t* cu_seqlens_data(const Tensor& cu_seqlens, const Tensor& like) {
   check_cuda("cu_seqlens", cu_seqlens, like);

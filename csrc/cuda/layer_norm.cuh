@@ -1,7 +1,7 @@
-// What both directions of add_layer_norm share.
+// What the device code of both directions of add_layer_norm shares.
 #pragma once
 
-#include "launch.cuh"
+#include "vectors.cuh"
 
 namespace fastenc::cuda {
 
@@ -20,12 +20,6 @@ __device__ __forceinline__ float block_sum(float x, float (&partial)[kMaxWarps])
     sum += partial[w];
   }
   return sum;
-}
-
-inline Parameter parameter(const char* name, const Tensor& p, int64_t hidden, const Tensor& like) {
-  check_cuda(name, p, like);
-  check_numel(name, p, hidden);
-  return {p.data_ptr(), dtype_of(name, p)};
 }
 
 }  // namespace fastenc::cuda
