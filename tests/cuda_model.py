@@ -27,17 +27,17 @@ def compile_shared(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
         pytest.skip("g++ is not installed")
     out = folder / f"{source.stem}.so"
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT}", *flags]
-        + ["-fsanitize=undefined", "-fno-sanitize-recover=all", str(source), "-o", str(out)],
+        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT}", "-fsanitize=undefined"]
+        + ["-fno-sanitize-recover=all", *flags, str(source), "-o", str(out)],
         check=True,
     )
     return ctypes.CDLL(str(out))
 
 
-def compile_model(name: str, folder: Path) -> ctypes.CDLL:
+def compile_model(name: str, folder: Path, *flags: str) -> ctypes.CDLL:
     """``tests/cuda_emulator/<name>.cpp``."""
     source = SOURCES / f"{name}.cpp"
-    return compile_shared(source, folder, "-DFASTENC_EMULATE", "-w", f"-I{SOURCES}")
+    return compile_shared(source, folder, "-DFASTENC_EMULATE", "-w", f"-I{SOURCES}", *flags)
 
 
 def compile_shim(text: str, folder: Path, *flags: str) -> ctypes.CDLL:

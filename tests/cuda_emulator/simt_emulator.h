@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "csrc/common/simd_types.h"
+#include "static_shared.h"
 
 #define __global__
 #define __device__
@@ -107,7 +108,9 @@ inline Machine& machine() {
 
 inline bool in_shared(const void* p) {
   const Machine& m = machine();
-  return p >= m.shared && p < m.memory.data() + m.memory.size();
+  const Bytes statics = static_shared();
+  return (p >= m.shared && p < m.memory.data() + m.memory.size()) ||
+         (p >= statics.first && p < statics.first + statics.count);
 }
 
 template <typename T>
@@ -194,6 +197,7 @@ inline void run_block(const std::function<void()>& body, bool backwards) {
   m.at_block = 0;
   const size_t bytes = m.memory.data() + m.memory.size() - m.shared;
   std::memset(m.shared, 0xff, bytes);
+  std::memset(static_shared().first, 0xff, static_shared().count);
   m.proxied.assign(bytes, 0xff);
   for (int i = 0; i < m.threads; ++i) {
     Fiber& f = *m.fibers[i];
@@ -234,7 +238,8 @@ inline void run_block(const std::function<void()>& body, bool backwards) {
   }
 }
 
-// kernel<<<grid, threads, shared_bytes>>>(): blocks one after the other.
+// kernel<<<grid, threads, shared_bytes>>>(): blocks one after the other, the last one first where
+// `backwards` says so.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
                    bool backwards = false) {
   Machine& m = machine();
@@ -249,13 +254,11 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
   m.memory.resize(m.shared - m.memory.data() + shared_bytes);
   m.grid_dim = grid;
   m.block_dim = block;
-  for (uint32_t z = 0; z < grid.z; ++z) {
-    for (uint32_t y = 0; y < grid.y; ++y) {
-      for (uint32_t x = 0; x < grid.x; ++x) {
-        m.block = {x, y, z};
-        run_block(kernel, backwards);
-      }
-    }
+  const uint32_t blocks = grid.x * grid.y * grid.z;
+  for (uint32_t i = 0; i < blocks; ++i) {
+    const uint32_t block = backwards ? blocks - 1 - i : i;
+    m.block = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    run_block(kernel, backwards);
   }
 }
 
@@ -395,6 +398,7 @@ void __stwb(T* p, T x) {
   }
   *p = x;
 }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::exp2;
 using std::fmaf;
 using std::fmaxf;
