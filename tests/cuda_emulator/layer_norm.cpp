@@ -9,14 +9,13 @@ using namespace fastenc::cuda;
 
 namespace {
 
-// A workspace of NaN; what lies behind it must stay NaN.
+// A workspace of NaN, and what must stay as it is behind it.
 struct Workspace {
-  static constexpr size_t kBehind = 64;
   std::vector<float> memory;
 
-  explicit Workspace(size_t size) : memory(size + kBehind, std::nanf("")) {}
+  explicit Workspace(size_t size) : memory(size, std::nanf("")) { memory.resize(size + 64, -7.0f); }
   ~Workspace() {
-    if (!std::all_of(memory.end() - kBehind, memory.end(), [](float x) { return x != x; })) {
+    if (!std::all_of(memory.end() - 64, memory.end(), [](float x) { return x == -7.0f; })) {
       emulator::fail("a kernel wrote behind its workspace");
     }
   }
