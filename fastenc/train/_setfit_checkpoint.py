@@ -68,7 +68,7 @@ def save(
         for i, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    tensors |= {f"generator.{kind}": value for kind, value in _generators(optimizer).items()}
+    tensors |= {f"generator.{kind}": value for kind, value in _generators().items()}
     save_file(tensors, folder / MOMENTS)
 
 
@@ -100,19 +100,14 @@ def load(
             for name, value in saved["attributes"].items():
                 setattr(callback, name, value)
     torch.set_rng_state(generators["generator.cpu"])
-    device = _device_of(optimizer)
-    if device.type == "cuda" and "generator.cuda" in generators:
-        torch.cuda.set_rng_state(generators["generator.cuda"], device)
+    if torch.cuda.is_available() and "generator.cuda" in generators:
+        torch.cuda.set_rng_state(generators["generator.cuda"])
 
 
-def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    return optimizer.param_groups[0]["params"][0].device
-
-
-def _generators(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    found, device = {"cpu": torch.get_rng_state()}, _device_of(optimizer)
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
+def _generators() -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
     return found
 
 
