@@ -44,14 +44,13 @@ build: $(VENV)/.built
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
 
-# Two processes (each up to 4 GB), a file of tests in one of them. Threads that wait sleep: there are
-# more of them than cores.
+# Two processes (each up to 4 GB). Threads that wait sleep: there are more of them than cores.
 TEST_JOBS ?= 2
-BESIDE = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
+BESIDE = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_JOBS)
 
 test: $(VENV)/.test lint
-	$(BESIDE) tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
-	TRITON_INTERPRET=1 $(BESIDE) tests/interpreter
+	$(BESIDE) --dist loadfile tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
+	TRITON_INTERPRET=1 $(BESIDE) --dist worksteal tests/interpreter
 	$(PY) -m pytest tests/gates -m "not slow"
 
 lint: $(VENV)/.test
