@@ -51,23 +51,13 @@ def arch_served(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def _written_in(path: str, what: re.Pattern[bytes]) -> str | None:
-    """Read from the file: loading a library would register it."""
+def built_for(path: str) -> tuple[list[str], int | None]:
+    """Targets of a CUDA library, and the major version of the toolkit whose runtime is linked into
+    it; read from the file, since loading it would register it."""
     with open(path, "rb") as file:
-        found = what.search(file.read())
-    return found[1].decode() if found else None
-
-
-def built_archs(path: str) -> list[str]:
-    """What a CUDA library was compiled for."""
-    archs = _written_in(path, _ARCHS)
-    return archs.split(";") if archs else []
-
-
-def built_toolkit(path: str) -> int | None:
-    """Major version of the CUDA toolkit whose runtime is linked into it."""
-    major = _written_in(path, _TOOLKIT)
-    return int(major) if major else None
+        content = file.read()
+    archs, toolkit = _ARCHS.search(content), _TOOLKIT.search(content)
+    return archs[1].decode().split(";") if archs else [], int(toolkit[1]) if toolkit else None
 
 
 def gpu_capabilities() -> tuple[tuple[int, int], ...]:
@@ -89,14 +79,12 @@ def _open_cuda(path: str) -> ctypes.CDLL:
     return library
 
 
-def _unfit(path: str, gpus: _gpus.Gpus) -> str | None:
-    """Why the library cannot serve every one of these GPUs."""
-    archs = built_archs(path)
+def _unfit(archs: list[str], toolkit: int | None, gpus: _gpus.Gpus) -> str | None:
+    """Why a library built for that cannot serve every one of these GPUs."""
     for major, minor in gpus.capabilities:
         if not arch_served(archs, (major, minor)):
             built = ", ".join(f"sm_{arch}" for arch in archs)
             return f"the CUDA library is built for {built}; a GPU here is sm_{major}{minor}"
-    toolkit = built_toolkit(path)
     if gpus.driver is not None and toolkit is not None and gpus.driver[0] < toolkit:
         newest = ".".join(map(str, gpus.driver))
         return f"the CUDA library is built with CUDA {toolkit}; the driver here serves {newest}"
@@ -118,10 +106,11 @@ def _load_cuda() -> str | None:
         return "this torch has no CUDA"
     if torch.cuda.device_count() == 0:  # is_available() would initialise CUDA
         return "no GPU is available"
+    built = built_for(paths[0])
     gpus = _gpus.installed()
-    if gpus is None or _unfit(paths[0], gpus):  # the unfit one may be hidden from this process
+    if gpus is None or _unfit(*built, gpus):  # the unfit one may be hidden from this process
         gpus = _gpus.visible()
-    reason = _unfit(paths[0], gpus)
+    reason = _unfit(*built, gpus)
     if reason is not None:
         return reason
     try:
