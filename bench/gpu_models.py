@@ -11,7 +11,7 @@ import torch
 
 import fastenc
 from bench import gpu_packed_peer
-from bench.gpu_record import OURS, PEERS, Found, Record, of_kinds
+from bench.gpu_record import OURS, PEERS, Found, Record, of_kinds, shown
 from bench.gpu_timing import CUDA, DEVICE, free_memory, timed
 from fastenc.testing import useful_pairs
 
@@ -176,12 +176,8 @@ def measure(record: Record, phases: tuple[tuple[str, ...], ...] = ((OURS,), (PEE
 
 
 def line(row: dict, names: dict) -> str:
-    shown = []
-    for name in names:
-        run = row["runs"][name]
-        if "seconds" in run:
-            rate, share = run["tokens_per_second"] / 1e6, run["floor_over_measured"]
-            shown.append(f"{name} {rate:.3f}M tokens/s ({share:.0%})")
-        else:
-            shown.append(f"{name}: {run['error'].splitlines()[0][:60]}")
-    return f"{row['model']} {row['shape']}: " + " | ".join(shown)
+    def figure(run: Found) -> str:
+        rate, share = run["tokens_per_second"] / 1e6, run["floor_over_measured"]
+        return f"{rate:.3f}M tokens/s ({share:.0%})"
+
+    return f"{row['model']} {row['shape']}: {shown(row, names, figure)}"

@@ -10,7 +10,7 @@ import torch
 
 import fastenc
 from bench import gpu_peers as peers
-from bench.gpu_record import COMPILED, OURS, PEERS, Found, Record, of_kinds
+from bench.gpu_record import COMPILED, OURS, PEERS, Found, Record, of_kinds, shown
 from bench.gpu_timing import (
     CUDA,
     DEVICE,
@@ -243,12 +243,8 @@ def measure(record: Record, phases: tuple[tuple[str, ...], ...] = ((OURS,), (PEE
 
 
 def line(row: dict, names: dict) -> str:
-    shown = []
-    for name in names:
-        run = row["runs"][name]
-        if "seconds" in run:
-            shown.append(f"{name} {run['seconds'] * 1e6:.1f} us ({run['floor_over_measured']:.0%})")
-        else:
-            shown.append(f"{name}: {run['error'].splitlines()[0][:60]}")
+    def figure(run: Found) -> str:
+        return f"{run['seconds'] * 1e6:.1f} us ({run['floor_over_measured']:.0%})"
+
     head = f"{row['op']} {row['shape']} {row['direction']}"
-    return f"{head}: floor {row['floor_seconds'] * 1e6:.1f} us | " + " | ".join(shown)
+    return f"{head}: floor {row['floor_seconds'] * 1e6:.1f} us | {shown(row, names, figure)}"

@@ -66,6 +66,17 @@ def rows_of(result: dict) -> Iterator[dict]:
             yield from (row for row in part if "runs" in row)
 
 
+def shown(row: dict, names: Iterable[str], figure: Callable[[Found], str]) -> str:
+    """What is printed of a row's runs: the ``figure`` of each, or its error."""
+    runs = ((name, row["runs"][name]) for name in names)
+    return " | ".join(
+        f"{name} {figure(run)}"
+        if "seconds" in run
+        else f"{name}: {run['error'].splitlines()[0][:60]}"
+        for name, run in runs
+    )
+
+
 def out_of_time(run: Found) -> bool:
     return run.get("error") == OUT_OF_TIME
 
