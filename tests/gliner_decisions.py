@@ -8,6 +8,7 @@ from that can be computed: such texts must decode to the same entities whatever 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -87,22 +88,34 @@ def margin(
     return float(closest)
 
 
+@functools.lru_cache(maxsize=1)
+def exact_model(model):
+    """``model`` in float64."""
+    exact = copy.deepcopy(model)
+    exact.model.double()
+    return exact
+
+
+@functools.lru_cache(maxsize=300)
+def exact_logits(model, text: str, labels: tuple[str, ...]) -> np.ndarray:
+    """Scores of the words of ``text`` that ``model`` reads, in float64."""
+    words = [word for word, *_ in model.data_processor.words_splitter(text)]
+    if not words:
+        return np.empty(0)
+    words = words[: model.config.max_len]
+    with torch.no_grad():
+        return gliner_tests.their_logits(exact_model(model), [words], [*labels])[0].numpy()
+
+
 def decided(
     model, texts: Iterable[str], count: int, labels: list[str], threshold: float = 0.5,
     flat_ner: bool = True, multi_label: bool = False,
 ) -> list[str]:  # fmt: skip
     """The first ``count`` of ``texts`` in which every decision is ``APART``; 4 of 5 must be."""
-    exact = copy.deepcopy(model)
-    exact.model.double()
     token_level = model.config.span_mode == "token_level"
     kept = []
     for text in itertools.islice(texts, count + count // 4):
-        words = [word for word, *_ in model.data_processor.words_splitter(text)]
-        words = words[: model.config.max_len]
-        logits = np.empty(0)
-        if words:
-            with torch.no_grad():
-                logits = gliner_tests.their_logits(exact, [words], labels)[0].numpy()
+        logits = exact_logits(model, text, tuple(labels))
         if margin(logits, threshold, flat_ner, multi_label, token_level) > APART:
             kept.append(text)
         if len(kept) == count:

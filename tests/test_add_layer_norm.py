@@ -9,6 +9,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops.add_layer_norm import add_layer_norm_inplace, add_layer_norm_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("add_layer_norm")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

@@ -9,6 +9,8 @@ import torch
 import fastenc
 from fastenc import testing
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def _packed(lengths, heads=2, head_dim=32):
     qkv = torch.randn(sum(lengths), 3, heads, head_dim)

@@ -14,6 +14,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops import _attention_ref as reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257,
            320, 321, 511, 513, 1000)  # fmt: skip
 HEADS, NUMBERS = 2, 64

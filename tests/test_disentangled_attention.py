@@ -6,6 +6,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops._disentangled_ref import relative_index
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("disentangled_attention")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

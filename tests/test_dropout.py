@@ -15,9 +15,12 @@ from fastenc.nn.dropout import dropout
 from fastenc.ops import backends
 from fastenc.ops.dropout import dropout_ref
 
-pytestmark = pytest.mark.skipif(
-    backends()["dropout"]["cpu"] != "available", reason=backends()["dropout"]["cpu"]
-)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(
+        backends()["dropout"]["cpu"] != "available", reason=backends()["dropout"]["cpu"]
+    ),
+]
 SEEDS = (0, 7, -1, 2**62 + 12345)
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 1000, 70001)
 

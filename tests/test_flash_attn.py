@@ -11,6 +11,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops import _attention_ref as reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 LENGTHS = (33, 0, 70, 1)
 CU = testing.cu_seqlens_of(LENGTHS)
 

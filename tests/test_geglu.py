@@ -8,6 +8,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops.geglu import ACTIVATIONS, geglu_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("geglu")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

@@ -78,7 +78,7 @@ def test_identical_entities(models, options, count):
     )
     with fastenc.record() as ran:
         found = ours.inference(asked, LABELS, truncate=True, **options)
-    expected = theirs.inference(asked, LABELS, batch_size=16, **options)
+    expected = theirs.inference(asked, LABELS, batch_size=4, **options)
     assert sum(map(len, expected)) > 3 * len(asked)
     assert {e["label"] for entities in expected for e in entities} == {*LABELS}
     same(found, expected)

@@ -13,6 +13,8 @@ import fastenc
 from fastenc import testing
 from fastenc.nn import linear
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.fixture(autouse=True)
 def packs_fp32(monkeypatch):

@@ -18,9 +18,12 @@ from fastenc.nn import linear
 from fastenc.ops import backends
 from fastenc.ops.linear import linear_geglu_ref
 
-pytestmark = pytest.mark.skipif(
-    backends()["linear"]["cpu"] != "available", reason=backends()["linear"]["cpu"]
-)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(
+        backends()["linear"]["cpu"] != "available", reason=backends()["linear"]["cpu"]
+    ),
+]
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import fastenc
 from fastenc import testing
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 quick = settings(deadline=None, max_examples=60)
 lengths_of = st.lists(st.integers(0, 20), min_size=0, max_size=6)
 dtypes = st.sampled_from(testing.DTYPES)

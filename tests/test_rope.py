@@ -6,6 +6,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops.rope import rope_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("rope")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

@@ -6,6 +6,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops.segment_pool import MODES
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("segment_pool")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

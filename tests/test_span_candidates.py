@@ -6,6 +6,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops._span_ref import span_candidates_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def _cases():
     for case in list(testing.cases("span_score"))[2::4]:

@@ -5,6 +5,8 @@ import torch
 import fastenc
 from fastenc import testing
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("span_pool")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

@@ -7,6 +7,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops._span_ref import span_keep, span_score_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("span_score")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

@@ -6,6 +6,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops._token_ref import token_keep, token_score_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @op_tests.parity_params("token_score")
 @pytest.mark.parametrize("dtype", testing.DTYPES)

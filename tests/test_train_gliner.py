@@ -95,29 +95,38 @@ def test_gradients_are_gliners(head, loss, tmp_path):
     model.train()
     if head == "bi-encoder":
         rows = [{**row, "ner_labels": row["ner_label"]} for row in rows]
-    actual = trainer.compute_loss(model, {"batch": trainer.data_collator(rows)["batch"]})
-    actual.backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
-
     names = {"focal_loss_alpha": "alpha", "focal_loss_gamma": "gamma",
              "focal_loss_prob_margin": "prob_margin", "loss_reduction": "reduction"}  # fmt: skip
     options = {names.get(k, k): v for k, v in LOSSES[loss].items()}
 
-    def run(twin):
-        twin.model.train()
-        random.seed(0)
-        batch = their_batch(theirs, rows)
-        if twin is exact_model:
-            batch["labels"] = batch["labels"].double()
-        found = twin.model(**batch, negatives=1.0, masking="global", **options).loss
-        found.backward()
-        return found.detach(), {n: p.grad for n, p in twin.model.named_parameters()}
+    def our_loss(rows):
+        return trainer.compute_loss(model, {"batch": trainer.data_collator(rows)["batch"]})
+
+    def loss_of(twin):
+        def their_loss(rows):
+            random.seed(0)
+            batch = their_batch(theirs, rows)
+            if twin is exact_model:
+                batch["labels"] = batch["labels"].double()
+            return twin.model(**batch, negatives=1.0, masking="global", **options).loss
+
+        return their_loss
+
+    def run(owner, loss_of_rows):
+        """Losses of all rows and of each row alone, and the gradients of the first."""
+        owner.train()
+        whole = loss_of_rows(rows)
+        whole.backward()
+        grads = {n: p.grad for n, p in owner.named_parameters()}
+        with torch.no_grad():
+            return torch.stack([whole, *(loss_of_rows([row]) for row in rows)]), grads
 
     exact_model = copy.deepcopy(theirs)
     exact_model.model.double()
-    plain, plain_grads = run(theirs)
-    exact, exact_grads = run(exact_model)
-    assert_parity("loss", actual.detach(), plain, exact)
+    losses, grads = run(model, our_loss)
+    plain, plain_grads = run(theirs.model, loss_of(theirs))
+    exact, exact_grads = run(exact_model.model, loss_of(exact_model))
+    assert_parity("loss", losses, plain, exact)
     used = {n for n, g in exact_grads.items() if g is not None and g.abs().max() > 0}
     assert len(used) > 20
     check_gradients(*([{n: g[n] for n in used}] for g in (grads, plain_grads, exact_grads)))

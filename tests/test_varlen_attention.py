@@ -11,6 +11,8 @@ import fastenc
 from fastenc import testing
 from fastenc.ops._philox import keep_mask
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 WINDOWS = ((-1, -1), (0, 0), (1, 1), (16, 16), (64, 64), (-1, 0), (5, 17), (300, 7))
 
 

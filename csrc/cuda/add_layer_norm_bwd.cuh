@@ -164,12 +164,7 @@ __launch_bounds__(PartialSums::kLanes* PartialSums::kSlices) void add_layer_norm
   __syncthreads();
   if (slice == 0) {
     W* out = blockIdx.y == 0 ? dweight : dbias;
-    for (int other = 1; other < PartialSums::kSlices; ++other) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        sum[i] += sums[other][lane][i];
-      }
-    }
+    add_slices(sums, lane, PartialSums::kSlices, sum);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       if (column + i < hidden) {

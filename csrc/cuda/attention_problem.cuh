@@ -214,14 +214,11 @@ void dispatch_shape(const AttentionCall& call, F&& f) {
   });
 }
 
-// Shared memory past 48 KB has to be asked for.
 template <typename Args>
 void launch_tiles(const Launcher& launcher, const char* op, void (*kernel)(Args), int64_t blocks,
                   int bytes, const Args& args) {
-  Launcher::check(op,
-                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<static_cast<uint32_t>(blocks), kAttentionThreads, bytes, launcher.stream()>>>(args);
-  Launcher::check_launch(op);
+  launch_kernel(launcher, op, kernel, static_cast<uint32_t>(blocks), kAttentionThreads, bytes,
+                args);
 }
 
 }  // namespace fastenc::cuda

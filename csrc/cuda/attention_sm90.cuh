@@ -45,12 +45,6 @@ inline AttentionCase attention_case(const Launcher&, const AttentionCall& call) 
                  strides_fit_tma(a.v, a)};
 }
 
-template <typename Kernel>
-void allow_shared_memory(const char* op, Kernel kernel, int bytes) {
-  Launcher::check(op,
-                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
 // A kernel of blocks (tile of Shape::kRows rows, heads_per_block heads): kernel(maps, args, heads).
 template <typename Shape, typename Kernel, typename Maps, typename Args>
 void launch_tiles(const Launcher& launcher, const char* op, Kernel kernel,

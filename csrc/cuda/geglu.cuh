@@ -36,41 +36,53 @@ __device__ __forceinline__ ActivationAndSlope activate(float a) {
   }
 }
 
+// Where a thread's vectors lie: in y, `a` in x, and its gate `inner` elements behind.
+template <int V>
+struct GatedPlace {
+  bool inside;
+  int64_t inner, at, input_at;
+
+  __device__ __forceinline__ explicit GatedPlace(const FlatTiles& tiles) {
+    const Place place = tiles.locate(blockIdx.y, blockIdx.x, threadIdx.x);
+    inside = place.inside;
+    inner = static_cast<int64_t>(tiles.columns) * V;
+    at = place.row * inner + static_cast<int64_t>(place.column) * V;
+    input_at = at + place.row * inner;
+  }
+};
+
 template <typename T, int V, Activation kActivation>
 __global__ __launch_bounds__(FlatTiles::kThreads) void geglu_fwd_kernel(
     const T* __restrict__ x, T* __restrict__ y, const __grid_constant__ FlatTiles tiles) {
-  const Place place = tiles.locate(blockIdx.y, blockIdx.x, threadIdx.x);
+  const GatedPlace<V> place(tiles);
   if (!place.inside) {
     return;
   }
-  const int64_t inner = static_cast<int64_t>(tiles.columns) * V;
-  const int64_t at = place.row * inner + static_cast<int64_t>(place.column) * V;
-  const int64_t input_at = at + place.row * inner;
+  const T* from = x + place.input_at;
   float a[V], gate[V], out[V];
-  const auto packed_a = load<V>(x + input_at), packed_gate = load<V>(x + input_at + inner);
+  const auto packed_a = load<V>(from), packed_gate = load<V>(from + place.inner);
   unpack(packed_a, a);
   unpack(packed_gate, gate);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     out[i] = activate<kActivation>(a[i]).value * gate[i];
   }
-  store<V>(y + at, out);
+  store<V>(y + place.at, out);
 }
 
 template <typename T, int V, Activation kActivation>
 __global__ __launch_bounds__(FlatTiles::kThreads) void geglu_bwd_kernel(
     const T* __restrict__ grad, const T* __restrict__ x, T* __restrict__ dx,
     const __grid_constant__ FlatTiles tiles) {
-  const Place place = tiles.locate(blockIdx.y, blockIdx.x, threadIdx.x);
+  const GatedPlace<V> place(tiles);
   if (!place.inside) {
     return;
   }
-  const int64_t inner = static_cast<int64_t>(tiles.columns) * V;
-  const int64_t at = place.row * inner + static_cast<int64_t>(place.column) * V;
-  const int64_t input_at = at + place.row * inner;
+  const T* from = x + place.input_at;
+  T* to = dx + place.input_at;
   float g[V], a[V], gate[V], to_input[V], to_gate[V];
-  const auto packed_g = load<V>(grad + at);
-  const auto packed_a = load<V>(x + input_at), packed_gate = load<V>(x + input_at + inner);
+  const auto packed_g = load<V>(grad + place.at);
+  const auto packed_a = load<V>(from), packed_gate = load<V>(from + place.inner);
   unpack(packed_g, g);
   unpack(packed_a, a);
   unpack(packed_gate, gate);
@@ -80,8 +92,8 @@ __global__ __launch_bounds__(FlatTiles::kThreads) void geglu_bwd_kernel(
     to_input[i] = g[i] * gate[i] * f.slope;
     to_gate[i] = g[i] * f.value;
   }
-  store<V>(dx + input_at, to_input);
-  store<V>(dx + input_at + inner, to_gate);
+  store<V>(to, to_input);
+  store<V>(to + place.inner, to_gate);
 }
 
 }  // namespace fastenc::cuda

@@ -135,13 +135,18 @@ void take_dropout(std::vector<Tensor>* kept, Args* args, double dropout_p,
   }
 }
 
-// `bytes` of dynamic shared memory, more than 48 KB of it too.
+// Dynamic shared memory has to be asked for where it makes more than 48 KB with the static one.
+template <typename Kernel>
+void allow_shared_memory(const char* op, Kernel kernel, int bytes) {
+  Launcher::check(op,
+                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const Launcher& launcher, const char* op, void (*kernel)(Parameters...),
                    dim3 grid, int threads, int bytes, Arguments&&... arguments) {
-  if (bytes > 48 << 10) {
-    Launcher::check(
-        op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  if (bytes > 0) {
+    allow_shared_memory(op, kernel, bytes);
   }
   kernel<<<grid, threads, bytes, launcher.stream()>>>(arguments...);
   Launcher::check_launch(op);

@@ -46,12 +46,7 @@ __global__ __launch_bounds__(PoolTiles::kThreads) void segment_pool_mean_kernel(
   if (slice == 0 && column < hidden) {
     const float scale = end > begin ? 1.0f / static_cast<float>(end - begin) : 0.0f;
     const int filled = static_cast<int>(smaller(end - begin, PoolTiles::kSlices));
-    for (int other = 1; other < filled; ++other) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        sum[i] += sums[other][lane][i];
-      }
-    }
+    add_slices(sums, lane, filled, sum);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       sum[i] *= scale;

@@ -192,6 +192,18 @@ __device__ __forceinline__ void load(const Parameter& p, int64_t at, float (&out
   }
 }
 
+// Adds to `sum`, slice 0's own, what the other slices left in shared memory, in order.
+template <int kSlices, int kLanes, int V>
+__device__ __forceinline__ void add_slices(const float (&sums)[kSlices][kLanes][V], int lane,
+                                           int slices, float (&sum)[V]) {
+  for (int other = 1; other < slices; ++other) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      sum[i] += sums[other][lane][i];
+    }
+  }
+}
+
 // Every lane gets the sum; a butterfly, so all lanes add in the same order.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
