@@ -91,6 +91,19 @@ def test_gradients_of_many_rows(rows):
     op_tests.check_parity(case, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float64_parameters_are_rounded_to_float32(dtype):
+    x, residual = torch.randn(5, 24).to(dtype), torch.randn(5, 24).to(dtype)
+    weight, bias = (torch.randn(24, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    fastenc.add_layer_norm(x, residual, weight, bias)[0].float().sum().backward()
+    assert weight.grad.dtype == torch.float64 and weight.grad.abs().min() > 0
+    with torch.no_grad():
+        expected = fastenc.add_layer_norm(x, residual, weight.float(), bias.float())
+        for run in (fastenc.add_layer_norm, add_layer_norm_inplace):
+            found = run(x.clone(), residual.clone(), weight, bias)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_without_residual_the_sum_is_x_itself():
     x, _, weight, _ = _arguments()
     normed, total = fastenc.add_layer_norm(x, None, weight)

@@ -108,6 +108,16 @@ def test_records_nest_and_end():
     assert inner.calls == {"geglu": {"cpu": 1}} and outer.calls == {"geglu": {"cpu": 2}}
 
 
+def test_a_record_without_a_launch_stays_empty():
+    script = (
+        "import torch, fastenc\n"
+        "with fastenc.record() as ran: pass\n"
+        "fastenc.geglu(torch.zeros(2, 8))\n"
+        "assert ran.calls == {}, ran.calls"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_inference_mode_reaches_cpp_without_python():
     """The default op has no Python kernel between the dispatcher and C++ under inference_mode."""
     dump = torch._C._dispatch_dump("fastenc::geglu_fwd")

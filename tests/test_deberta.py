@@ -12,6 +12,7 @@ from model_tests import at, check_model, check_wanted_rows, padded, telling
 import fastenc
 from fastenc.models import deberta
 from fastenc.nn import VarlenBatch, prepack
+from fastenc.ops.disentangled_attention import _kept_index
 from fastenc.testing import assert_parity
 
 # The shape of v3, small: no absolute positions, shared projections, normed relative embeddings.
@@ -185,6 +186,40 @@ def test_tables_follow_autocast_and_dtype():
             assert not torch.equal(ours(**inputs).last_hidden_state, plain)
         assert torch.equal(ours(**inputs).last_hidden_state, plain)
         assert ours.double()(**inputs).last_hidden_state.dtype == torch.float64
+
+
+def test_tables_follow_a_replaced_weight_at_an_old_address():
+    ours, _ = pair(hidden_size=64)
+    given = inputs_of()
+    with torch.no_grad():
+        for _ in range(40):
+            ours.encoder.rel_embeddings.weight = None
+            ours.encoder.rel_embeddings.weight = torch.nn.Parameter(torch.randn(16, 64))
+            fresh = copy.deepcopy(ours)
+            assert torch.equal(ours(**given).last_hidden_state, fresh(**given).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_and_device_of_the_first_call_are_not_kept(dtype):
+    q = torch.randn(600, 1, 8)
+    tables = torch.randn(2, 1, 512, 8)
+    cu = torch.tensor([0, 600], dtype=torch.int32)
+
+    def run():
+        return fastenc.disentangled_attention(q, q, q, *tables, cu, 600)
+
+    expected = run()
+    _kept_index.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        run()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(run(), expected)
+    deberta._reach.cache_clear()
+    with torch.device("meta"):
+        assert deberta._reach(256, 512, 600) == (0, 512)
 
 
 def test_training_projects_the_rows_in_reach(monkeypatch):

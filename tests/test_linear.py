@@ -90,6 +90,18 @@ def test_the_packed_copy_follows_an_optimizer(kind, given):
         assert not torch.allclose(found, before)
 
 
+def test_a_replaced_weight_at_an_old_address_is_seen():
+    """The allocator hands the memory of the weight before last out again."""
+    module, x = make(256, 256, bias=False), torch.ones(8, 256)
+    with torch.no_grad():
+        for value in range(0, 90, 3):
+            for step in range(3):
+                module[0].weight = None
+                module[0].weight = nn.Parameter(torch.full((256, 256), value + float(step)))
+                if step != 1:
+                    assert module(x)[0, 0] == 256 * (value + step)
+
+
 def test_names_copies_and_the_way_back():
     module, x = make(), torch.randn(3, 40)
     assert_matches(module, x)

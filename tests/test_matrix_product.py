@@ -434,3 +434,8 @@ def test_when_a_layer_is_gated_in_one_kernel(own_product):
         hooked.register_forward_hook(lambda *_: None)
         assert calls(many, hooked) == ["geglu"]
     assert calls(many) == ["geglu", "linear"]
+
+
+def test_a_bias_of_one_element_is_torchs(own_product):
+    x, weight, bias = torch.randn(70, 8), torch.randn(5, 8), torch.randn(1)
+    assert torch.equal(linear.product(x, weight, bias), nn.functional.linear(x, weight, bias))

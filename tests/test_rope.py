@@ -51,6 +51,16 @@ def test_tables_of_another_dtype_and_int32_positions():
     testing.assert_parity("out", y, plain, exact)
 
 
+def test_float64_tables_are_rounded_to_float32():
+    x, cos, sin, positions = _arguments()
+    expected = fastenc.rope(x, cos, sin, positions)
+    assert torch.equal(fastenc.rope(x, cos.double(), sin.double(), positions), expected)
+    qkv, cu = torch.randn(9, 3, 2, 8), testing.cu_seqlens_of((4, 5))
+    expected = fastenc.rope_varlen_attention(qkv, cos, sin, cu, 5)
+    found = fastenc.rope_varlen_attention(qkv, cos.double(), sin.double(), cu, 5)
+    assert torch.equal(found, expected)
+
+
 def test_strides_do_not_matter():
     x, cos, sin, positions = _arguments()
     expected = fastenc.rope(x, cos, sin, positions)

@@ -288,3 +288,41 @@ def test_compiles():
 def test_repeatable():
     for case in list(testing.cases("varlen_attention", "small")):
         op_tests.check_repeatable(case, torch.float32, 2)
+
+
+def test_a_float64_bias_is_rounded_to_float32():
+    q, cu = torch.randn(9, 2, 8), testing.cu_seqlens_of((4, 5))
+    bias = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    out = fastenc.varlen_attention(q, q, q, cu, 5, rel_bias=bias)
+    out.sum().backward()
+    assert bias.grad.dtype == torch.float64 and bias.grad.abs().max() > 0
+    assert torch.equal(out, fastenc.varlen_attention(q, q, q, cu, 5, rel_bias=bias.float()))
+
+
+@pytest.mark.parametrize("op", ["varlen_attention", "rope_varlen_attention",
+                                "disentangled_attention"])  # fmt: skip
+def test_a_head_wider_than_the_kernels_runs_in_plain_pytorch_and_says_so(op):
+    cu = testing.cu_seqlens_of((4, 5))
+    q, tables = torch.randn(9, 1, 258, requires_grad=True), torch.randn(2, 1, 16, 258)
+    cos = torch.rand(5, 129)
+    args = {
+        "varlen_attention": (q, q, q, cu, 5),
+        "rope_varlen_attention": (torch.stack([q] * 3, 1), cos, cos, cu, 5),
+        "disentangled_attention": (q, q, q, *tables, cu, 5, 8, 0),
+    }[op]
+    run = getattr(fastenc, op)
+    with fastenc.record() as ran:
+        run(*args).sum().backward()
+    assert ran.calls == {op: {"reference": 1}, f"{op}_bwd": {"reference": 1}}
+    assert ran.fallbacks == [f"{op}: it serves head_dim up to 256, got 258, plain PyTorch runs"]
+    with fastenc.use_backend("cpu"), pytest.raises(NotImplementedError, match="head_dim up to 256"):
+        run(*args)
+
+
+def test_a_seed_is_its_64_bits():
+    q, cu = torch.randn(40, 2, 8), testing.cu_seqlens_of((40,))
+    one, other = (
+        fastenc.varlen_attention(q, q, q, cu, 40, dropout_p=0.5, seed=seed)
+        for seed in (2**64 - 3, -3)
+    )
+    assert torch.equal(one, other)

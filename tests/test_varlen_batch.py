@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -62,6 +63,33 @@ def test_positions_that_fall_start_a_sequence():
     assert batch.positions.tolist() == positions.flatten().tolist()
     masked = VarlenBatch.from_padded(IDS[:2], torch.ones(2, 5), position_ids=positions)
     assert masked.cu_seqlens.tolist() == [0, 5, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(
+    "mask", [MASK, torch.ones(4, 5), MASK * torch.tensor([[1], [0], [1], [0]])]
+)
+def test_the_first_token_of_every_row(mask, shape, dtype):
+    batch = VarlenBatch.from_padded(IDS, mask)
+    packed = torch.arange(batch.total_tokens).view(-1, *(1,) * len(shape)).expand(-1, *shape) + 1
+    edges = batch.cu_seqlens.tolist()
+    expected = [a + 1 if b > a else 0 for a, b in itertools.pairwise(edges)]
+    found = batch.first(packed.to(dtype))
+    assert found.dtype == dtype and found.shape == (4, *shape)
+    assert torch.equal(found.flatten(1).amin(1) if shape else found,
+                       torch.tensor(expected).to(dtype))  # fmt: skip
+
+
+def test_the_first_token_where_there_is_none():
+    batch = VarlenBatch.from_padded(IDS, torch.zeros(4, 5))
+    assert torch.equal(batch.first(torch.empty(0, dtype=torch.int64)), torch.zeros(4).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_positions_that_fall_in_any_integer_dtype(dtype):
+    batch = VarlenBatch.from_padded(IDS[:1], position_ids=torch.tensor([[0, 1, 0, 1, 2]]).to(dtype))
+    assert batch.cu_seqlens.tolist() == [0, 2, 5]
 
 
 def test_lists():

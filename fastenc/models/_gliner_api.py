@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,17 @@ from torch import Tensor, nn
 from fastenc.models import _gliner_plan as plan
 from fastenc.models._gliner_predict import CPU_TOKENS_PER_THREAD, Options, predict
 from fastenc.nn import VarlenBatch
+from fastenc.nn._kept import Kept
 
 Labels = str | Sequence[str] | Mapping[str, str] | Sequence[Sequence[str]] | Sequence[Mapping]
 Entities = list[dict[str, Any]]
 
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta")
 """Backbones whose first token has position pad_token_id + 1."""
+
+_label_embeddings: weakref.WeakKeyDictionary[nn.Module, Kept[dict[str, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class EntityApi:
@@ -205,11 +211,11 @@ class EntityApi:
 
     def _label_rows(self, labels: Sequence[str]) -> Tensor:
         """Embeddings of labels, each made once until a weight changes."""
-        state = (self.device, *((p.data_ptr(), p._version) for p in _label_weights(self)))
-        kept = self.__dict__.get("_kept_labels")
-        if kept is None or kept[0] != state:
-            kept = self.__dict__["_kept_labels"] = (state, {})
-        rows = kept[1]
+        weights = list(_label_weights(self))
+        kept = _label_embeddings.get(self)
+        if kept is None or not kept.is_of(weights):
+            kept = _label_embeddings[self] = Kept({}, weights)
+        rows = kept.value
         new = [label for label in dict.fromkeys(labels) if label not in rows]
         if new:
             limit = _max_tokens(self.labels_tokenizer, self.config.labels_encoder_config)

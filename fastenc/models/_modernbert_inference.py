@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastenc.nn import VarlenBatch
 from fastenc.nn._modules import is_unhooked
 from fastenc.nn.linear import FEW_ROWS, PrepackedLinear, is_served
+from fastenc.ops._checks import CPU_HEAD_DIM
 
 GEGLU = {
     "GELUActivation": "gelu",
@@ -79,6 +80,7 @@ def plan(module: nn.Module, x: Tensor, turn_of: Callable[[str], object]) -> list
         drops = (attn.out_drop, mlp.drop)
         if (
             turn.rows is not None
+            or attn.head_dim > CPU_HEAD_DIM
             or activation is None
             or any(getattr(drop, "p", 0.0) and drop.training for drop in drops)
             or (attn.training and attn.attention_dropout)

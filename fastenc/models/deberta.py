@@ -26,6 +26,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from fastenc.models._base import Holes, PackedInputs
 from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, wanted, widen
 from fastenc.nn import VarlenBatch
+from fastenc.nn._kept import Kept
 from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import PrepackedLinear, count_fused_steps, linear
 from fastenc.ops import disentangled_attention, varlen_attention
@@ -102,13 +103,13 @@ def buckets_of(attn: nn.Module) -> tuple[int, int]:
 @functools.lru_cache(maxsize=1024)
 def _reach(buckets: int, max_positions: int, max_seqlen: int) -> tuple[int, int]:
     """The first table row that a sequence of this length reads, and the one past the last."""
-    rows = relative_index(buckets, max_positions)
+    rows = relative_index(buckets, max_positions, torch.device("cpu"))
     radius = len(rows) // 2
     far = min(max(max_seqlen - 1, 0), radius)
     return int(rows[radius - far]), int(rows[radius + far]) + 1
 
 
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tables]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[nn.Module, Kept[Tables]] = weakref.WeakKeyDictionary()
 
 
 _LINEAR = (nn.Linear, PrepackedLinear)
@@ -117,9 +118,9 @@ _LINEAR = (nn.Linear, PrepackedLinear)
 class _Relative:
     """The position tables of the layers of ``encoder``.
 
-    Kept between calls while gradients are off, in evaluation, for plain linear projections. What
-    they were made of is told by address and version, which every in-place change and every step of
-    an optimizer counts up; only writing through ``parameter.data`` in evaluation goes unseen.
+    Kept between calls while gradients are off, in evaluation, for plain linear projections, until a
+    weight that they were made of is another one or was changed: only writing through
+    ``parameter.data`` in evaluation goes unseen.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -127,18 +128,18 @@ class _Relative:
 
     def tables(self, attn: nn.Module, max_seqlen: int) -> Tables:
         """pos_key and pos_query, (heads, 2 * buckets, head_dim) each, or None."""
-        state = self._state(attn)
-        if state is None:
+        sources = self._sources(attn)
+        if sources is None:
             rows = (0, 2 * buckets_of(attn)[0])
             if not torch.compiler.is_compiling():
                 rows = _reach(*buckets_of(attn), max_seqlen)
             return self._project(attn, *rows)
-        kept = _kept.get(attn)
-        if kept is None or kept[0] != state:
+        kept, lower = _kept.get(attn), autocast_dtype(sources[0].device.type)
+        if kept is None or not kept.is_of(sources, lower):
             count_fused_steps()
-            kept = (state, self._project(attn, 0, 2 * buckets_of(attn)[0]))
-            _kept[attn] = kept
-        return kept[1]
+            tables = self._project(attn, 0, 2 * buckets_of(attn)[0])
+            kept = _kept[attn] = Kept(tables, sources, lower)
+        return kept.value
 
     def _project(self, attn: nn.Module, first: int, last: int) -> Tables:
         """Both tables, made of rows [first, last) and zeros that nothing reads.
@@ -158,8 +159,8 @@ class _Relative:
         key, query = _projections(attn)
         return table(key), table(query)
 
-    def _state(self, attn: nn.Module) -> tuple | None:
-        """What the tables of ``attn`` depend on, or None where they must be made anew."""
+    def _sources(self, attn: nn.Module) -> list[Tensor] | None:
+        """The weights that the tables of ``attn`` are made of, or None where they are not kept."""
         projections = [p for p in _projections(attn) if p is not None]
         if (
             torch.is_grad_enabled()
@@ -175,9 +176,7 @@ class _Relative:
         sources = [x for x in sources if x is not None]
         if any(type(x) is not nn.Parameter or x.is_inference() for x in sources):
             return None
-        device = sources[0].device.type
-        lower = autocast_dtype(device)
-        return (lower, *((x.data_ptr(), x._version, x.dtype, x.device) for x in sources))
+        return sources
 
 
 def _projections(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

@@ -27,14 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastenc.nn._kept import Kept
 from fastenc.nn._modules import is_unhooked
 from fastenc.ops import _library
 from fastenc.ops._registry import note_fallback, runs_on_cpu, unavailable
 from fastenc.ops.geglu import geglu
 
-_packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_packed: weakref.WeakKeyDictionary[nn.Module, Kept[Tensor | None]] = weakref.WeakKeyDictionary()
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -105,7 +104,8 @@ def product(
     gradients = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     )
-    if weight.dim() != 2 or not is_served(x, weight, bias, gradients=gradients):
+    plain = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    if not plain or not is_served(x, weight, bias, gradients=gradients):
         many = x.device.type == "cpu" and x.numel() >= FEW_ROWS * x.shape[-1]
         if many and not torch.is_grad_enabled():
             weight = weight.contiguous()  # MKL is a third slower on a weight with gaps
@@ -198,7 +198,7 @@ class PrepackedLinear(nn.Linear):
 
     The packed copy follows the weight: it is made again when the weight was changed in place (seen
     by torch's version counter, and after any optimizer's step; changes through ``weight.data`` are
-    not seen), moved or converted.
+    not seen), moved, converted or replaced.
     With gradients, under autocast or compilation, or on another device it is as :func:`linear`.
     """
 
@@ -221,11 +221,10 @@ class PrepackedLinear(nn.Linear):
             or (w.dtype == torch.float32 and prefers_own())
         ):
             return None
-        key = (w.data_ptr(), w._version, w.dtype, w.shape)
         found = _packed.get(self)
-        if found is None or found[0] != key:
-            found = _packed[self] = (key, _pack(w))
-        return found[1]
+        if found is None or not found.is_of([w]):
+            found = _packed[self] = Kept(_pack(w), [w])
+        return found.value
 
 
 def _pack(weight: Tensor) -> Tensor | None:

@@ -202,7 +202,15 @@ class VarlenBatch:
         """
         if self.padded_shape is not None and self.indices is None and self.padded_shape[1] > 0:
             return packed.unflatten(0, self.padded_shape)[:, 0]
-        return segment_pool(packed, self.cu_seqlens, "cls")
+        if packed.dim() == 2 and packed.is_floating_point():
+            return segment_pool(packed, self.cu_seqlens, "cls")
+        if packed.shape[0] != self.total_tokens:
+            raise ValueError(f"packed: expected ({self.total_tokens}, ...), got {packed.shape}")
+        if self.total_tokens == 0:
+            return packed.new_zeros(self.num_seqs, *packed.shape[1:])
+        begins = self.cu_seqlens[:-1].clamp(max=self.total_tokens - 1)
+        empty = (self.lengths == 0).view(-1, *(1,) * (packed.dim() - 1))
+        return packed.index_select(0, begins).masked_fill(empty, 0)
 
     def to(self, device: torch.device | str) -> VarlenBatch:
         """The batch on ``device``; the copy does not block the host."""
@@ -283,7 +291,7 @@ def _from_restarts(cls, position_ids: Tensor, shape: tuple[int, int]) -> VarlenB
     if rows * columns == 0:
         return dense
     starts = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
-    starts[:, 1:] = position_ids.diff(dim=1) <= 0
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     starts = starts.flatten()
     token = torch.arange(rows * columns, device=starts.device)
     longest = (token - torch.where(starts, token, 0).cummax(0).values).amax() + 1

@@ -87,12 +87,22 @@ def is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt))
 
 
+CPU_HEAD_DIM = 256
+
+
+def cpu_head_dim(x: Tensor) -> str | None:
+    """What the CPU attention kernels do not serve: a head of more than ``CPU_HEAD_DIM``."""
+    return _at_most(CPU_HEAD_DIM, x.shape[-1])
+
+
+def _at_most(most: int, head_dim: int) -> str | None:
+    return None if head_dim <= most else f"it serves head_dim up to {most}, got {head_dim}"
+
+
 def cuda_head_dim(x: Tensor) -> str | None:
     """What the CUDA attention kernels do not serve: a head of more than 128, or of more than 96
     where a block has less shared memory than the backward's 108 KiB (sm_86, sm_89, sm_120)."""
-    most = 128 if _library.shared_memory() >= 108 else 96
-    head_dim = x.shape[-1]
-    return None if head_dim <= most else f"it serves head_dim up to {most}, got {head_dim}"
+    return _at_most(128 if _library.shared_memory() >= 108 else 96, x.shape[-1])
 
 
 def cuda_disentangled(x: Tensor) -> str | None:

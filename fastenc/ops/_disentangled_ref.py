@@ -27,7 +27,8 @@ def relative_index(buckets: int, max_positions: int, device: torch.device | None
         size = distance.abs()
         size = torch.where(size < middle, middle - 1, size)
         whole = math.log((max_positions - 1) / middle)
-        ratio = torch.log(size / middle) / torch.full((), whole, device=device).float()
+        ratio = torch.log(size.float() / middle)
+        ratio = ratio / torch.full((), whole, dtype=torch.float32, device=device)
         row = torch.ceil(ratio * (middle - 1)) + middle
         row = torch.where(size <= middle, distance.to(row.dtype), row * distance.sign()).long()
     return (row + buckets).clamp(0, 2 * buckets - 1).int()

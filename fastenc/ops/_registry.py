@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from fastenc.ops import _library
@@ -102,7 +103,7 @@ class Record:
 
     @property
     def calls(self) -> dict[str, dict[str, int]]:
-        spent = (self._after or launches()) - self._before
+        spent = (launches() if self._after is None else self._after) - self._before
         calls: dict[str, dict[str, int]] = {}
         for (op, backend), count in sorted(spent.items()):
             calls.setdefault(op, {})[backend] = count
@@ -170,7 +171,8 @@ class OpSpec:
     *grads)`` returns one gradient per forward input, calling ``bwd`` of its own namespace;
     ``autocast(dtype, device_type, args)`` returns the arguments as they run under autocast.
     An op without a gradient has no ``backward`` and nothing that belongs to it.
-    ``cuda_refuses(x)``: why the CUDA library cannot serve a call with the first argument ``x``.
+    ``cpu_refuses(x)``, ``cuda_refuses(x)``: why the library's kernel of that device cannot serve a
+    call with the first argument ``x``.
     """
 
     name: str
@@ -184,6 +186,7 @@ class OpSpec:
     differentiate: Callable | None = None
     autocast: Callable | None = None
     stem: str | None = None
+    cpu_refuses: Callable[[torch.Tensor], str | None] | None = None
     cuda_refuses: Callable[[torch.Tensor], str | None] | None = None
 
     @property
@@ -235,6 +238,9 @@ def _define_backward(spec: OpSpec, namespace: str, library: Library) -> None:
         setup_context=_saver(spec),
         lib=library,
     )
+    torch.library.register_autograd(
+        f"{namespace}::{spec.name}_bwd", _no_second_gradient(spec.name), lib=library
+    )
 
 
 def _saver(spec: OpSpec) -> Callable:
@@ -250,6 +256,16 @@ def _gradient(spec: OpSpec, backward: Callable) -> Callable:
         return spec.differentiate(ctx, backward, *grads)
 
     return gradient
+
+
+def _no_second_gradient(name: str) -> Callable:
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"{name}: the gradient of its gradient (create_graph=True) is not implemented; "
+            "fastenc.restore(model) brings modules back that have one"
+        )
+
+    return refuse
 
 
 def _autocast(spec: OpSpec, forward: Callable, device: str) -> Callable:
@@ -306,6 +322,8 @@ def runs_on_cpu(*tensors: torch.Tensor) -> bool:
         and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     )
 
 
@@ -339,7 +357,8 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def _refused(name: str, x: torch.Tensor) -> str | None:
-    refuses = _specs[name].cuda_refuses
+    """Why the library's kernel of this kind of device does not serve ``x``, or None."""
+    refuses = getattr(_specs[name], f"{x.device.type}_refuses", None)
     return None if refuses is None else refuses(x)
 
 
@@ -365,7 +384,7 @@ def _misplaced(backend: str, x: torch.Tensor, name: str = "") -> str | None:
         return f"it serves CPU tensors, got {device}"
     if backend == "cuda" and device != "cuda":
         return f"it serves CUDA tensors, got {device}"
-    if backend == "cuda" and (refused := _refused(name, x)):
+    if backend in ("cpu", "cuda") and (refused := _refused(name, x)):
         return refused
     if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it serves CPU tensors only under TRITON_INTERPRET=1"
@@ -374,14 +393,35 @@ def _misplaced(backend: str, x: torch.Tensor, name: str = "") -> str | None:
     return None
 
 
-def select(name: str, x: torch.Tensor) -> torch._ops.OpOverload:
+def select(name: str, x: torch.Tensor) -> Callable:
     """The forward overload that serves ``x`` under this thread's choice of a backend."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return _without_tangents(name, _selected(name, x))
+    return _selected(name, x)
+
+
+def _without_tangents(name: str, forward: Callable) -> Callable:
+    """torch drops the tangents of what a custom op is given without a word."""
+
+    def run(*args):
+        for x in args:
+            if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
+        return forward(*args)
+
+    return run
+
+
+def _selected(name: str, x: torch.Tensor) -> torch._ops.OpOverload:
     backend = _local.backend
     if backend is None:
-        if x.dtype in KERNEL_DTYPES:
+        refused = f"no kernel for {x.dtype}" if x.dtype not in KERNEL_DTYPES else None
+        if x.device.type == "cpu":
+            refused = refused or _refused(name, x)
+        if refused is None:
             on_gpu = x.device.type == "cuda"
             return _forward[name]["triton" if on_gpu and _in_triton(name, x) else None]
-        note_fallback(f"{name}: no kernel for {x.dtype}, plain PyTorch runs")
+        note_fallback(f"{name}: {refused}, plain PyTorch runs")
         return _forward[name]["reference"]
     reason = unavailable(name, backend) or _misplaced(backend, x, name)
     if reason is None:

@@ -15,6 +15,13 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def at_most_float32(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """A float64 table or parameter beside a ``like`` of less, as the kernels compute with it."""
+    if x is None or x.dtype != torch.float64 or like.dtype == torch.float64:
+        return x
+    return x.float()
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The lower precision of autocast where it is on for this kind of device."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

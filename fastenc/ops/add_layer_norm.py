@@ -20,7 +20,7 @@ from fastenc.ops._registry import (
     select,
     unavailable,
 )
-from fastenc.ops._rules import layer_norm_precision, wide
+from fastenc.ops._rules import at_most_float32, layer_norm_precision, wide
 
 
 def add_layer_norm_ref(
@@ -150,6 +150,7 @@ def add_layer_norm_inplace(
         torch.is_grad_enabled()
         or x.dtype not in KERNEL_DTYPES
         or x.dtype != residual.dtype
+        or any(p is not None and p.dtype not in KERNEL_DTYPES for p in (weight, bias))
         or x.shape != residual.shape
         or not (x.is_contiguous() and residual.is_contiguous())
         or not runs_on_cpu(x, residual)
@@ -199,5 +200,6 @@ def add_layer_norm(
         if parameter.shape[0] != x.shape[-1]:
             raise ValueError(f"{name}: expected ({x.shape[-1]},), got {tuple(parameter.shape)}")
     widest = x if residual is None or x.dtype == torch.float64 else residual
+    weight, bias = at_most_float32(weight, widest), at_most_float32(bias, widest)
     normed, total, _, _ = select("add_layer_norm", widest)(x, residual, weight, bias, eps)
     return normed, (x if residual is None else total)

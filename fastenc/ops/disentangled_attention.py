@@ -67,6 +67,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(5),
+        cpu_refuses=_checks.cpu_head_dim,
         cuda_refuses=_checks.cuda_disentangled,
     )
 )

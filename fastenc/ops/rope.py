@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastenc.ops import _checks
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import lower_precision, wide
+from fastenc.ops._rules import at_most_float32, lower_precision, wide
 
 
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -111,4 +111,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
             raise ValueError(
                 f"positions: expected 0 to {cos.shape[0] - 1} (rows of cos), got {low} to {high}"
             )
+    cos, sin = at_most_float32(cos, x), at_most_float32(sin, x)
     return select("rope", x)(x, cos, sin, positions)

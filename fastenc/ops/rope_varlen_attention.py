@@ -13,7 +13,7 @@ from torch import Tensor
 from fastenc.ops import _checks
 from fastenc.ops._attention_ref import rope_backward_ref, rope_forward_ref
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import lower_precision
+from fastenc.ops._rules import at_most_float32, lower_precision
 from fastenc.ops.rope import check_tables
 from fastenc.ops.varlen_attention import _SHAPE, check_dropout, check_window
 
@@ -59,6 +59,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(3),  # flash-attn's rotary tables, too, are in the dtype of qkv
+        cpu_refuses=_checks.cpu_head_dim,
         cuda_refuses=_checks.cuda_head_dim,
     )
 )
@@ -121,6 +122,7 @@ def rope_varlen_attention(
     left, right = check_window(window_size)
     seed = check_dropout(dropout_p, seed, qkv)
     scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
+    cos, sin = at_most_float32(cos, qkv), at_most_float32(sin, qkv)
     return select("rope_varlen_attention", qkv)(
         qkv, cos, sin, cu_seqlens, max_seqlen, left, right, scale, float(dropout_p), seed
     )[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastenc.ops import _checks, _flash
 from fastenc.ops._attention_ref import backward_ref, forward_ref
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import lower_precision
+from fastenc.ops._rules import at_most_float32, lower_precision
 
 MAX_DISTANCE = 128
 
@@ -88,6 +88,7 @@ define(
         save=_save,
         differentiate=_differentiate,
         autocast=lower_precision(3),
+        cpu_refuses=_checks.cpu_head_dim,
         cuda_refuses=_checks.cuda_head_dim,
     )
 )
@@ -120,6 +121,8 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None, like: Tensor) -> 
         return seed.reshape(1)
     if not _checks.is_int(seed):
         raise TypeError(f"seed: expected an int, a tensor or None, got {type(seed).__name__}")
+    if isinstance(seed, int):
+        seed = (seed + 2**63) % 2**64 - 2**63  # its 64 bits
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
@@ -154,6 +157,7 @@ def varlen_attention_with_lse(
                 f"rel_bias: expected (heads = {q.shape[1]}, an even number of buckets >= 4), "
                 f"got {tuple(rel_bias.shape)}"
             )
+        rel_bias = at_most_float32(rel_bias, q)
         table = rel_bias[:, relative_buckets(rel_bias.shape[1], rel_bias.device)]
     return select("varlen_attention", q)(
         q, k, v, cu_seqlens, max_seqlen, left, right, scale, float(dropout_p), seed, table
