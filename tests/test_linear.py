@@ -53,7 +53,7 @@ def test_it_is_packed_only_without_gradients():
     assert module[0].weight.grad is not None and packed_of(module) is None
     with torch.inference_mode():
         module(x)
-    assert packed_of(module)[1].is_mkldnn
+    assert packed_of(module).value.is_mkldnn
 
 
 def test_the_packed_copy_follows_the_weight():
