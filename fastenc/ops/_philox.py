@@ -45,6 +45,25 @@ def keep_elements(count: int, dropout_p: float, seed: Tensor) -> Tensor:
     return words.view(4, -1, 16).transpose(0, 1).flatten()[:count] >= int(dropout_p * 2**32)
 
 
+def keep_of_three(
+    rows: Tensor, middle: int, size: int, tag: int, dropout_p: float, seed: Tensor
+) -> Tensor:
+    """(rows, middle, size) float64: 1 / (1 - p) where dropout keeps, else 0.
+
+    Counter of the element (packed row, m, r): ``(r >> 2, row, m, tag)``, word ``r & 3``.
+    """
+    device = rows.device
+    counter = (
+        torch.arange((size + 3) // 4, device=device),
+        rows.long().view(-1, 1, 1),
+        torch.arange(middle, device=device).view(-1, 1),
+        torch.full((), tag, dtype=torch.int64, device=device),
+    )
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, int(seed))), dim=-1)
+    words = words.flatten(-2)[..., :size]
+    return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
+
+
 def keep_mask(rows: Tensor, num_keys: int, heads: int, dropout_p: float, seed: Tensor) -> Tensor:
     """(heads, rows, num_keys) bool: what dropout keeps. ``rows``: packed row indices."""
     device = rows.device

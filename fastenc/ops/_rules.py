@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 def wide(x: Tensor) -> Tensor:
     """``x`` at the dtype in which the plain PyTorch kernels compute: float32, or float64 kept."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Of sums and log-sum-exps over ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sequences(cu_seqlens: Tensor) -> Iterator[tuple[int, slice]]:
+    """(index, rows) of each packed sequence; reads ``cu_seqlens``."""
+    for seq, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        yield seq, slice(start, end)
 
 
 def at_most_float32(x: Tensor | None, like: Tensor) -> Tensor | None:

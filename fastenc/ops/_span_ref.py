@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastenc.ops._philox import philox
-from fastenc.ops._rules import wide
+from fastenc.ops._philox import keep_of_three
+from fastenc.ops._rules import sequences, wide
 
 SPAN_TAG = 1
-
-
-def _sequences(cu_words: Tensor) -> Iterator[tuple[int, slice]]:
-    for seq, (start, end) in enumerate(itertools.pairwise(cu_words.tolist())):
-        yield seq, slice(start, end)
 
 
 def _ends(length: int, max_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -32,22 +24,13 @@ def span_keep(rows: Tensor, max_width: int, size: int, dropout_p: float, seed: T
     Philox counter of the element (packed word row, width w, r): ``(r >> 2, row, w, 1)``, word
     ``r & 3``; it is kept iff the word is at least ``floor(p * 2**32)``.
     """
-    device = rows.device
-    counter = (
-        torch.arange((size + 3) // 4, device=device),
-        rows.long().view(-1, 1, 1),
-        torch.arange(max_width, device=device).view(-1, 1),
-        torch.full((), SPAN_TAG, dtype=torch.int64, device=device),
-    )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, int(seed))), dim=-1)
-    words = words.flatten(-2)[..., :size]
-    return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
+    return keep_of_three(rows, max_width, size, SPAN_TAG, dropout_p, seed)
 
 
 def span_pool_ref(start: Tensor, end: Tensor, cu_words: Tensor, max_width: int) -> Tensor:
     """Differentiable specification at the dtype of ``start``: (words, max_width, R)."""
     spans = [start.new_zeros(0, max_width, start.shape[1])]
-    for _, words in _sequences(cu_words):
+    for _, words in sequences(cu_words):
         ends, exists = _ends(words.stop - words.start, max_width, start.device)
         pooled = F.relu(start[words].unsqueeze(1) + end[words][ends])
         spans.append(pooled.masked_fill(~exists.unsqueeze(-1), 0.0))
@@ -61,7 +44,7 @@ def pool_forward(start, end, cu_words, max_width):
 def pool_backward(grad, start, end, cu_words, max_width):
     a, b, g = wide(start), wide(end), wide(grad)
     dstart, dend = torch.zeros_like(a), torch.zeros_like(b)
-    for _, words in _sequences(cu_words):
+    for _, words in sequences(cu_words):
         ends, exists = _ends(words.stop - words.start, max_width, a.device)
         active = (a[words].unsqueeze(1) + b[words][ends] > 0) & exists.unsqueeze(-1)
         d = g[words].masked_fill(~active, 0.0)
@@ -82,7 +65,7 @@ def span_score_ref(
 ) -> Tensor:
     """Differentiable specification at the dtype of ``start``: (words, max_width, C)."""
     logits = [start.new_zeros(0, max_width, labels.shape[1])]
-    for seq, words in _sequences(cu_words):
+    for seq, words in sequences(cu_words):
         ends, exists = _ends(words.stop - words.start, max_width, start.device)
         spans = F.relu(start[words].unsqueeze(1) + end[words][ends])
         if dropout_p > 0:
@@ -107,7 +90,7 @@ def score_backward(grad, start, end, labels, cu_words, max_width, dropout_p, see
     a, b, v, g = wide(start), wide(end), wide(labels), wide(grad)
     da, db, dv = torch.zeros_like(a), torch.zeros_like(b), v.new_zeros(v.shape)
     dbias = v.new_zeros(v.shape[:2])
-    for seq, words in _sequences(cu_words):
+    for seq, words in sequences(cu_words):
         ends, exists = _ends(words.stop - words.start, max_width, a.device)
         exists = exists.unsqueeze(-1)
         spans = F.relu(a[words].unsqueeze(1) + b[words][ends])

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastenc.ops._philox import philox
-from fastenc.ops._rules import wide
+from fastenc.ops._philox import keep_of_three
+from fastenc.ops._rules import sequences, wide
 
 TOKEN_TAG = 2
-
-
-def _sequences(cu_words: Tensor) -> Iterator[tuple[int, slice]]:
-    for seq, (start, end) in enumerate(itertools.pairwise(cu_words.tolist())):
-        yield seq, slice(start, end)
 
 
 def token_keep(rows: Tensor, labels: int, size: int, dropout_p: float, seed: Tensor) -> Tensor:
@@ -26,16 +18,7 @@ def token_keep(rows: Tensor, labels: int, size: int, dropout_p: float, seed: Ten
     Philox counter of the element (packed word row, label c, r): ``(r >> 2, row, c, 2)``, word
     ``r & 3``; it is kept iff the word is at least ``floor(p * 2**32)``.
     """
-    device = rows.device
-    counter = (
-        torch.arange((size + 3) // 4, device=device),
-        rows.long().view(-1, 1, 1),
-        torch.arange(labels, device=device).view(-1, 1),
-        torch.full((), TOKEN_TAG, dtype=torch.int64, device=device),
-    )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, int(seed))), dim=-1)
-    words = words.flatten(-2)[..., :size]
-    return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
+    return keep_of_three(rows, labels, size, TOKEN_TAG, dropout_p, seed)
 
 
 def _keep(words: slice, token: Tensor, labels: int, dropout_p: float, seed: Tensor) -> Tensor:
@@ -57,7 +40,7 @@ def token_score_ref(
 ) -> Tensor:
     """Differentiable specification at the dtype of ``token``: (words, C, 3)."""
     scores = [token.new_zeros(0, label.shape[1], 3)]
-    for seq, words in _sequences(cu_words):
+    for seq, words in sequences(cu_words):
         factors = token_factor[words].unsqueeze(1) * label_factor[seq]
         hidden = F.relu(token[words].unsqueeze(1) + label[seq] + factors @ weight.T)
         if dropout_p > 0:
@@ -85,7 +68,7 @@ def token_backward(
     g = wide(grad)
     da, db, ds, dt, dw, do = (torch.zeros(x.shape, dtype=x.dtype, device=x.device)
                               for x in (a, b, s, t, w, o))  # fmt: skip
-    for seq, words in _sequences(cu_words):
+    for seq, words in sequences(cu_words):
         factors = s[words].unsqueeze(1) * t[seq]
         hidden = F.relu(a[words].unsqueeze(1) + b[seq] + factors @ w.T)
         slope = (hidden > 0).to(hidden.dtype)

@@ -20,7 +20,12 @@ from fastenc.ops._registry import (
     select,
     unavailable,
 )
-from fastenc.ops._rules import at_most_float32, layer_norm_precision, wide
+from fastenc.ops._rules import (
+    at_most_float32,
+    layer_norm_precision,
+    statistics_dtype,
+    wide,
+)
 
 
 def add_layer_norm_ref(
@@ -31,10 +36,6 @@ def add_layer_norm_ref(
     dtype = total.dtype
     affine = [None if p is None else p.to(dtype) for p in (weight, bias)]
     return F.layer_norm(total, (total.shape[-1],), *affine, eps), total
-
-
-def _stats_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _forward_ref(x, residual, weight, bias, eps):
@@ -67,7 +68,7 @@ def _forward_fake(x, residual, weight, bias, eps):
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed = x.new_empty(x.shape, dtype=dtype)
     kept = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
-    stats = [x.new_empty(x.shape[:-1], dtype=_stats_dtype(normed)) for _ in range(2)]
+    stats = [x.new_empty(x.shape[:-1], dtype=statistics_dtype(normed)) for _ in range(2)]
     return normed, kept, *stats
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from fastenc.ops import _checks
 from fastenc.ops._disentangled_ref import backward_ref, forward_ref, relative_index
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import lower_precision
+from fastenc.ops._rules import lower_precision, statistics_dtype
 from fastenc.ops.varlen_attention import check_dropout
 
 
 def _forward_fake(q, k, v, pos_key, pos_query, rel_index, cu_seqlens, max_seqlen, *options):
-    stats = torch.float64 if q.dtype == torch.float64 else torch.float32
+    stats = statistics_dtype(q)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=stats)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from fastenc.ops import _checks
 from fastenc.ops._attention_ref import rope_backward_ref, rope_forward_ref
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import at_most_float32, lower_precision
+from fastenc.ops._rules import at_most_float32, lower_precision, statistics_dtype
 from fastenc.ops.rope import check_tables
 from fastenc.ops.varlen_attention import _SHAPE, check_dropout, check_window
 
 
 def _forward_fake(qkv, cos, sin, cu_seqlens, max_seqlen, left, right, scale, dropout_p, seed):
     total, _, heads, head_dim = qkv.shape
-    stats = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    stats = statistics_dtype(qkv)
     return qkv.new_empty(total, heads, head_dim), qkv.new_empty(heads, total, dtype=stats)
 
 

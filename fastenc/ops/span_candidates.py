@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import lower_precision
+from fastenc.ops._rules import lower_precision, statistics_dtype
 from fastenc.ops._span_ref import candidates_forward
 from fastenc.ops.span_pool import check_spans
 from fastenc.ops.span_score import check_labels
@@ -21,7 +21,7 @@ from fastenc.ops.span_score import check_labels
 def _forward_fake(start, end, labels, cu_words, max_width, threshold, label_bias):
     count = torch.library.get_ctx().new_dynamic_size()
     index = start.new_empty(count, dtype=torch.int64)
-    score = torch.float64 if start.dtype == torch.float64 else torch.float32
+    score = statistics_dtype(start)
     return (
         index,
         torch.empty_like(index),

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastenc.ops import _checks, _flash
 from fastenc.ops._attention_ref import backward_ref, forward_ref
 from fastenc.ops._registry import OpSpec, define, select
-from fastenc.ops._rules import at_most_float32, lower_precision
+from fastenc.ops._rules import at_most_float32, lower_precision, statistics_dtype
 
 MAX_DISTANCE = 128
 
@@ -42,7 +42,7 @@ def relative_buckets(num_buckets: int, device: torch.device | None = None) -> Te
 
 
 def _forward_fake(q, k, v, cu_seqlens, max_seqlen, left, right, scale, dropout_p, seed, table):
-    stats = torch.float64 if q.dtype == torch.float64 else torch.float32
+    stats = statistics_dtype(q)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=stats)
 
 
