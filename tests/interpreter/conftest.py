@@ -27,6 +27,29 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def patch_once() -> None:
+    """At every call of a device function the interpreter patches triton.language anew, a quarter of
+    these tests' time: inside of a kernel all of it is patched."""
+    from triton.runtime import interpreter
+
+    tl, patch = interpreter.tl, interpreter._patch_lang
+
+    def patched(lang) -> bool:
+        return not tl.core.is_builtin(lang.arange)
+
+    def patch_lang(fn):
+        langs = [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+        if langs and all(map(patched, langs)):
+            return interpreter._LangPatchScope()
+        return patch(fn)
+
+    interpreter._patch_lang = patch_lang
+
+
+if INTERPRETED:
+    patch_once()
+
+
 def poisoned(shape, dtype, device):
     """What a kernel must overwrite: NaN, and in integers a number that no index can be."""
     x = torch.empty(shape, dtype=dtype, device=device)
