@@ -30,6 +30,7 @@ from fastenc.models._gliner_encode import encode_labels, word_representations
 from fastenc.models._gliner_heads import projected, span_logits, token_logits
 from fastenc.nn import VarlenBatch, linear, packed_forward_of
 from fastenc.ops._registry import note_fallback
+from fastenc.ops._rules import wide
 
 _MARK = "_fastenc_was"
 
@@ -305,7 +306,7 @@ class FastSpanDecoder(SpanDecoder):
             known = [[c + 1 in one for c in range(labels)] for one in names]
             hit &= torch.tensor(known, device=probs.device).view(count, 1, 1, labels)
         text, start, width, label = hit.nonzero(as_tuple=True)
-        score = probs[text, start, width, label]
+        score = wide(probs[text, start, width, label])
         rows = [x.cpu().numpy() for x in (text, start, width, label, score)]
         sizes = np.array([len(one) for one in tokens])
         inside = rows[1] + rows[2] < sizes[rows[0]]

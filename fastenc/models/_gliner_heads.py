@@ -181,16 +181,20 @@ def token_logits(
     d = words.x.shape[-1]
     token, token_factor = linear(scorer.proj_token, words.x).split(d, -1)
     label, label_factor = linear(scorer.proj_label, prompts).split(d, -1)
+    token = product(token, first.weight[:, :d], first.bias)
     label = product(label, first.weight[:, d : 2 * d])
+    weight, out_weight, out_bias = (  # under autocast products have another dtype
+        x.to(token.dtype) for x in (first.weight[:, 2 * d :], last.weight, last.bias)
+    )
     return token_score(
-        product(token, first.weight[:, :d], first.bias),
+        token,
         label.expand(words.num_seqs, -1, -1),
         token_factor.contiguous(),
         label_factor.expand(words.num_seqs, -1, -1),
-        first.weight[:, 2 * d :],
-        last.weight,
+        weight,
+        out_weight,
         words.cu_words,
-        last.bias,
+        out_bias,
         scorer.out_mlp[1].p if scorer.training else 0.0,
         seed,
     )
