@@ -8,6 +8,7 @@ import pickle
 from unittest import mock
 
 import gliner_tests
+import peft
 import pytest
 import torch
 from gliner_decisions import decided
@@ -183,6 +184,48 @@ def test_what_the_packed_forward_does_not_do_is_said_and_runs():
     with fastenc.record() as ran:
         found = model.predict_entities("Marie Curie", LABELS, threshold=0.0, return_vectors=True)
     assert "vector" in found[0] and "return_vectors" in ran.fallbacks[0]
+
+
+def lora(model):
+    """LoRA on the layers whose weights the folds read."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=r".*(out_project|out_mlp)\.[03]", init_lora_weights=False
+    )
+    peft.inject_adapter_in_model(config, model)
+    model.eval()
+
+
+def hook(model):
+    layer = model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
+    layer.register_forward_hook(lambda module, args, out: out + 1.0)
+
+
+def quantized(model):
+    layer = model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
+    torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, torch.qint8, inplace=True)
+
+
+@pytest.mark.parametrize("kind", ["span", "token"])
+@pytest.mark.parametrize("change", [lora, hook, quantized])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_head_that_is_more_than_its_weights(kind, change, tmp_path):
+    """gliner's own forward runs it; fastenc.GLiNER, whose head has no other form, refuses."""
+    model = gliner_tests.their_model(decisive=True, **KINDS[kind])
+    ours = gliner_tests.ours(model, tmp_path)
+    change(model.model)
+    asked = [text[:100] for text in itertools.islice(texts(seed=3), 8, 12)]
+    expected = model.inference(asked, LABELS, threshold=0.2)
+    assert sum(map(len, expected)) > 2
+    fastenc.accelerate(model)
+    with fastenc.record() as ran:
+        same(model.inference(asked, LABELS, threshold=0.2), expected)
+    assert any("out_" in reason for reason in ran.fallbacks)
+    if change is quantized:  # torch's quantization leaves prepacked layers as they are
+        return
+    change(ours)
+    with pytest.raises(NotImplementedError, match="out_"):
+        ours.inference(asked, LABELS)
 
 
 def test_prepack_and_the_options_of_the_decoder():

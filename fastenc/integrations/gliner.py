@@ -27,7 +27,12 @@ from fastenc.integrations import transformers
 from fastenc.integrations._gliner_padded import Padded
 from fastenc.models._gliner_config import SPAN_MODES
 from fastenc.models._gliner_encode import encode_labels, word_representations
-from fastenc.models._gliner_heads import projected, span_logits, token_logits
+from fastenc.models._gliner_heads import (
+    head_obstacle,
+    projected,
+    span_logits,
+    token_logits,
+)
 from fastenc.nn import VarlenBatch, linear, packed_forward_of
 from fastenc.ops._registry import note_fallback
 from fastenc.ops._rules import wide
@@ -116,7 +121,7 @@ def _obstacle(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
     for encoder in filter(None, encoders):
         if packed_forward_of(encoder.model) is None:
             return f"{type(encoder.model).__name__} has no packed form"
-    return None
+    return head_obstacle(self)
 
 
 def _finish(
