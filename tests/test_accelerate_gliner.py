@@ -228,6 +228,18 @@ def test_a_head_that_is_more_than_its_weights(kind, change, tmp_path):
         ours.inference(asked, LABELS)
 
 
+def test_compiled():
+    """With a BiLSTM."""
+    model = gliner_tests.their_model(decisive=True)
+    asked = ["Marie Curie in Paris", "x y z"]
+    expected = model.inference(asked, LABELS)
+    fastenc.accelerate(model)
+    torch.compiler.reset()
+    model.model = torch.compile(model.model, dynamic=True, backend="eager")  # as model.compile()
+    with mock.patch.object(torch._dynamo.config, "capture_scalar_outputs", True):
+        same(model.inference(asked, LABELS), expected)
+
+
 def test_prepack_and_the_options_of_the_decoder():
     model = gliner_tests.their_model()
     asked, options = ["Marie Curie in Paris", "x y z"], {"threshold": 0.2}
