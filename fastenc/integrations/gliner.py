@@ -95,6 +95,8 @@ def _forward(self, *args: Any, **kwargs: Any) -> GLiNERBaseOutput:
 
 def _obstacle(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why this call runs in gliner's own forward, or None."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
     if args:
         return "positional arguments"
     if kwargs.get("return_embeddings"):
