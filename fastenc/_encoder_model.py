@@ -7,12 +7,9 @@ architecture runs padded through transformers, and says so.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -182,30 +179,3 @@ def _as_ours(base: nn.Module) -> nn.Module:
     view = copy.copy(base)
     view.__class__ = ours
     return view
-
-
-# ---- eval mode ---------------------------------------------------------------------------------
-
-_modes: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
-_modes_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` until the last of all threads inside leaves; then every flag as it was."""
-    with _modes_lock:
-        state = _modes.setdefault(model, [0, []])
-        if state[0] == 0:
-            state[1] = [m for m in model.modules() if m.training]
-            if state[1]:
-                model.eval()
-        state[0] += 1
-    try:
-        yield
-    finally:
-        with _modes_lock:
-            state[0] -= 1
-            if state[0] == 0:
-                for module in state[1]:
-                    module.training = True
-                del _modes[model]

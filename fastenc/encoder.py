@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastenc._encoder_folder import Normalize, Recipe, read_folder, read_sentence_transformer
-from fastenc._encoder_model import Runner, edges_of, evaluating, length_limit, on_device, padding_id
+from fastenc._encoder_model import Runner, edges_of, length_limit, on_device, padding_id
 from fastenc._encoder_tokens import Tokens, Window, batches, tokenised
 from fastenc.nn import POOLING_MODES, pool
+from fastenc.nn._modules import evaluating
 
 CPU_TOKENS_PER_THREAD = 2048
 """On a CPU a batch has at most this many tokens a thread: larger ones fall out of its caches.

@@ -273,3 +273,16 @@ def test_export(reference, masked):
         mask[0, 3] = 0
         with pytest.raises(RuntimeError, match="holes"):
             exported.module()(ids, mask)
+
+
+def test_a_trace_holds_for_other_lengths():
+    plain = transformers.BertModel(transformers.BertConfig(**test_bert.TINY)).eval()
+    plain.requires_grad_(False)
+    fast = fastenc.accelerate(copy.deepcopy(plain))
+    ids, mask = padded((10, 7), 10, 99)
+    with fastenc.record() as ran:
+        traced = torch.jit.trace(fast, (ids, mask), strict=False, check_trace=False)
+    assert ran.fallbacks == ["BertModel: torch.jit.trace"]
+    ids, mask = padded((4, 12, 9), 12, 99)
+    found = traced(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(found, plain(ids, mask).last_hidden_state)

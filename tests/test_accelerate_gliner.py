@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from unittest import mock
 
 import gliner_tests
+import peft
 import pytest
 import torch
 from gliner_decisions import decided
@@ -128,6 +130,36 @@ def test_entities(kind, options):
     assert ran.calls == {}
 
 
+@pytest.mark.parametrize("kind", ["span", "token", "bi-encoder"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_entities_in_bf16(kind, autocast, tmp_path):
+    """Of what fp32 finds, as much as gliner finds in bf16, at scores as near; fastenc.GLiNER too.
+
+    Rounding turns decisions: no two ways of computing in bf16 find the same.
+    """
+    theirs = gliner_tests.their_model(decisive=True, **KINDS[kind])
+    asked = [text[:200] for text in itertools.islice(texts(seed=3), 8, 32)]
+    fast = fastenc.accelerate(copy.deepcopy(theirs))
+    models = [theirs, fast, gliner_tests.ours(theirs, tmp_path)]
+    exact = by_span(theirs.inference(asked, LABELS))
+    found = []
+    for model in models:
+        if not autocast:
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(by_span(model.inference(asked, LABELS)))
+    common = [exact.keys() & spans.keys() for spans in found]
+    error = [max(abs(f[k] - exact[k]) for k in c) for f, c in zip(found, common, strict=True)]
+    assert len(common[0]) > 0.8 * len(exact)
+    assert min(map(len, common)) >= 0.95 * len(common[0]) and max(error) <= 2 * error[0]
+
+
+def by_span(entities: list[list[dict]]) -> dict[tuple, float]:
+    """Scores by text, start, end and label."""
+    return {(i, e["start"], e["end"], e["label"]): e["score"]
+            for i, row in enumerate(entities) for e in row}  # fmt: skip
+
+
 def test_dummy_spans_are_gliners():
     model = gliner_tests.their_model()
     rows = [{"tokenized_text": w, "ner": None} for w in WORDS]
@@ -152,6 +184,60 @@ def test_what_the_packed_forward_does_not_do_is_said_and_runs():
     with fastenc.record() as ran:
         found = model.predict_entities("Marie Curie", LABELS, threshold=0.0, return_vectors=True)
     assert "vector" in found[0] and "return_vectors" in ran.fallbacks[0]
+
+
+def lora(model):
+    """LoRA on the layers whose weights the folds read."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=r".*(out_project|out_mlp)\.[03]", init_lora_weights=False
+    )
+    peft.inject_adapter_in_model(config, model)
+    model.eval()
+
+
+def hook(model):
+    layer = model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
+    layer.register_forward_hook(lambda module, args, out: out + 1.0)
+
+
+def quantized(model):
+    layer = model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
+    torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, torch.qint8, inplace=True)
+
+
+@pytest.mark.parametrize("kind", ["span", "token"])
+@pytest.mark.parametrize("change", [lora, hook, quantized])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_head_that_is_more_than_its_weights(kind, change, tmp_path):
+    """gliner's own forward runs it; fastenc.GLiNER, whose head has no other form, refuses."""
+    model = gliner_tests.their_model(decisive=True, **KINDS[kind])
+    ours = gliner_tests.ours(model, tmp_path)
+    change(model.model)
+    asked = [text[:100] for text in itertools.islice(texts(seed=3), 8, 12)]
+    expected = model.inference(asked, LABELS, threshold=0.2)
+    assert sum(map(len, expected)) > 2
+    fastenc.accelerate(model)
+    with fastenc.record() as ran:
+        same(model.inference(asked, LABELS, threshold=0.2), expected)
+    assert any("out_" in reason for reason in ran.fallbacks)
+    if change is quantized:  # torch's quantization leaves prepacked layers as they are
+        return
+    change(ours)
+    with pytest.raises(NotImplementedError, match="out_"):
+        ours.inference(asked, LABELS)
+
+
+def test_compiled():
+    """With a BiLSTM."""
+    model = gliner_tests.their_model(decisive=True)
+    asked = ["Marie Curie in Paris", "x y z"]
+    expected = model.inference(asked, LABELS)
+    fastenc.accelerate(model)
+    torch.compiler.reset()
+    model.model = torch.compile(model.model, dynamic=True, backend="eager")  # as model.compile()
+    with mock.patch.object(torch._dynamo.config, "capture_scalar_outputs", True):
+        same(model.inference(asked, LABELS), expected)
 
 
 def test_prepack_and_the_options_of_the_decoder():

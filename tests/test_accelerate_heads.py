@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import test_bert
+import test_deberta
 import test_modernbert
+import test_mpnet
 import torch
 import transformers
 from model_tests import at, check_model, padded, telling
@@ -21,6 +23,8 @@ FAMILIES = {
     "Bert": (*MODERN, "PreTraining", "NextSentencePrediction"),
     "Roberta": MODERN,
     "XLMRoberta": MODERN,
+    "DebertaV2": MODERN,
+    "MPNet": MODERN,
 }
 NAMES = [f"{family}For{head}" for family, heads in FAMILIES.items() for head in heads]
 READS_PADDING = "the loss reads hidden states of the padding"
@@ -30,6 +34,9 @@ def model_of(name: str, **options):
     cls = getattr(transformers, name)
     if name.startswith("ModernBert"):
         config = test_modernbert.config_of(**options)
+    elif name.startswith(("DebertaV2", "MPNet")):
+        tiny = (test_deberta if name.startswith("D") else test_mpnet).TINY
+        config = cls.config_class(**tiny | options)
     else:
         kin = {} if name.startswith("Bert") else {"pad_token_id": 1, "max_position_embeddings": 40}
         config = cls.config_class(**test_bert.TINY | kin | options)
@@ -106,7 +113,7 @@ def test_left_padding(name):
     if name.startswith("Bert"):  # BERT's positions are columns
         columns = torch.arange(17).expand(4, 17)
         left["position_ids"] = (columns - mask.argmax(1, keepdim=True)).clamp(min=0)
-    if name.startswith("XLM") or name.startswith("Roberta"):
+    if name.startswith(("XLM", "Roberta", "MPNet")):
         left["input_ids"] = torch.where(mask == 1, left["input_ids"], 1)
     del left["labels"], right["labels"]
     actual, expected = (real_outputs(accelerated, x)["logits"] for x in (left, right))
@@ -117,6 +124,15 @@ def test_left_padding(name):
         hooked.remove()
     assert len(ran.fallbacks) == 1
     torch.testing.assert_close(fallen, actual)
+
+
+def test_left_padding_of_choices():
+    """DeBERTa's choices have no pooler of the base model's, which knows the first real token."""
+    accelerated = fastenc.accelerate(model_of("DebertaV2ForMultipleChoice"))
+    left, right = (inputs_of("DebertaV2ForMultipleChoice", side) for side in ("left", "right"))
+    real = [x["attention_mask"] == 1 for x in (left, right)]
+    right["input_ids"][real[1]] = left["input_ids"][real[0]]
+    torch.testing.assert_close(accelerated(**left).logits, accelerated(**right).logits)
 
 
 @pytest.mark.parametrize("head", MODERN)
@@ -191,7 +207,16 @@ def test_masked_lm_decodes_real_tokens_only(name):
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(
-    "name", ["ModernBertForMaskedLM", "BertForMaskedLM", "BertForTokenClassification"]
+    "name",
+    [
+        "ModernBertForMaskedLM",
+        "BertForMaskedLM",
+        "DebertaV2ForMaskedLM",
+        "MPNetForMaskedLM",
+        "BertForTokenClassification",
+        "DebertaV2ForTokenClassification",
+        "MPNetForTokenClassification",
+    ],
 )
 def test_labels_in_the_padding_count_as_in_transformers(name, sparse):
     reference = model_of(name)
@@ -203,6 +228,29 @@ def test_labels_in_the_padding_count_as_in_transformers(name, sparse):
         actual = accelerated(**inputs).loss
     assert [reason.partition(": ")[2] for reason in ran.fallbacks] == [READS_PADDING]
     torch.testing.assert_close(actual, reference(**inputs).loss)
+
+
+@pytest.mark.parametrize("name", ["DebertaV2ForSequenceClassification", "MPNetForMaskedLM"])
+def test_compiled(name):
+    model = fastenc.accelerate(model_of(name))
+    inputs = inputs_of(name)
+    expected = model(**inputs)
+    torch.compiler.reset()
+    found = torch.compile(model, backend="eager")(**inputs)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize("padded_too", [False, True])
+def test_debertas_decoder_that_reads_the_embeddings(padded_too):
+    reference = model_of("DebertaV2ForMaskedLM", legacy=False)
+    inputs = inputs_of("DebertaV2ForMaskedLM")
+    if padded_too:
+        inputs["labels"] = inputs["labels"].clamp(min=0)
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    with fastenc.record() as ran:
+        check_model(accelerated, reference, inputs)
+    assert len(ran.fallbacks) == padded_too
 
 
 def test_tied_weights(tmp_path):

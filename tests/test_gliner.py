@@ -92,6 +92,26 @@ def test_logits_and_gradients(backbone, tmp_path):
     assert ran.calls["span_score"]["cpu"] == 3  # of check's inputs
 
 
+@pytest.mark.parametrize("span_mode", ["markerV0", "token_level"])
+def test_gradients_under_autocast(span_mode, tmp_path):
+    """Logits in bf16 and gradients in fp32, each within bf16's rounding of those in fp32."""
+    model = gliner_tests.ours(gliner_tests.their_model(span_mode=span_mode), tmp_path)
+
+    def run(autocast: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, valid = logits_of(model, WORDS, LABELS)
+        head = {n: p for n, p in model.named_parameters() if "rep_layer.span" in n or "scorer" in n}
+        grads = torch.autograd.grad(logits[valid].float().sum(), [*head.values()])
+        return logits[valid], dict(zip(head, grads, strict=True))
+
+    (exact, exact_grads), (logits, grads) = run(False), run(True)
+    assert logits.dtype == torch.bfloat16 and len(grads) >= 8
+    assert (logits - exact).norm() < 0.03 * exact.norm()
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32, name
+        assert (grad - exact_grads[name]).norm() <= 0.1 * exact_grads[name].norm(), name
+
+
 @pytest.mark.parametrize("hidden", [512, 768])
 def test_the_shape_of_deberta_v3(hidden, tmp_path):
     shape = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from threading import Event, Thread
 
 import gliner_tests
 import numpy as np
@@ -14,6 +15,7 @@ from gliner_decisions import decided
 
 import fastenc
 from fastenc import _C
+from fastenc.models import _gliner_api
 from fastenc.models import _gliner_plan as plan
 
 LABELS = ["person", "city", "company name", "date", "e-mail address"]
@@ -375,3 +377,30 @@ def test_the_mode_of_the_model_is_given_back(models):
     ours.predict_entities("x y", LABELS)
     assert ours.training and ours.token_rep_layer.training
     ours.eval()
+
+
+def test_threads_that_leave_keep_evaluation_mode(models, monkeypatch):
+    """A model in training mode, and a thread that ends within another's call."""
+    model, text, entered, leave = models[1], "Marie Curie in Paris", Event(), Event()
+    predict = _gliner_api.predict
+    expected = model.inference([text], LABELS, threshold=0.1)
+
+    def first(*args):
+        entered.set()
+        leave.wait(30)
+        return predict(*args)
+
+    def second(*args):
+        leave.set()
+        thread.join()
+        return predict(*args)
+
+    model.train()
+    monkeypatch.setattr(_gliner_api, "predict", first)
+    thread = Thread(target=model.inference, args=([text], LABELS))
+    thread.start()
+    entered.wait(30)
+    monkeypatch.setattr(_gliner_api, "predict", second)
+    same(model.inference([text], LABELS, threshold=0.1), expected)
+    assert all(module.training for module in model.modules())
+    model.eval()

@@ -27,9 +27,15 @@ from fastenc.integrations import transformers
 from fastenc.integrations._gliner_padded import Padded
 from fastenc.models._gliner_config import SPAN_MODES
 from fastenc.models._gliner_encode import encode_labels, word_representations
-from fastenc.models._gliner_heads import projected, span_logits, token_logits
+from fastenc.models._gliner_heads import (
+    head_obstacle,
+    projected,
+    span_logits,
+    token_logits,
+)
 from fastenc.nn import VarlenBatch, linear, packed_forward_of
 from fastenc.ops._registry import note_fallback
+from fastenc.ops._rules import wide
 
 _MARK = "_fastenc_was"
 
@@ -89,6 +95,8 @@ def _forward(self, *args: Any, **kwargs: Any) -> GLiNERBaseOutput:
 
 def _obstacle(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why this call runs in gliner's own forward, or None."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
     if args:
         return "positional arguments"
     if kwargs.get("return_embeddings"):
@@ -115,7 +123,7 @@ def _obstacle(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
     for encoder in filter(None, encoders):
         if packed_forward_of(encoder.model) is None:
             return f"{type(encoder.model).__name__} has no packed form"
-    return None
+    return head_obstacle(self)
 
 
 def _finish(
@@ -305,7 +313,7 @@ class FastSpanDecoder(SpanDecoder):
             known = [[c + 1 in one for c in range(labels)] for one in names]
             hit &= torch.tensor(known, device=probs.device).view(count, 1, 1, labels)
         text, start, width, label = hit.nonzero(as_tuple=True)
-        score = probs[text, start, width, label]
+        score = wide(probs[text, start, width, label])
         rows = [x.cpu().numpy() for x in (text, start, width, label, score)]
         sizes = np.array([len(one) for one in tokens])
         inside = rows[1] + rows[2] < sizes[rows[0]]

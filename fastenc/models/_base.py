@@ -259,6 +259,8 @@ class PackedModel(StrictLoading):
         return "is_causal" if getattr(self.config, "is_causal", False) else None
 
     def _why_not_packed(self, options: CallOptions, attention_mask: object) -> str | None:
+        if torch.jit.is_tracing():  # a trace would keep this batch's lengths
+            return "torch.jit.trace"
         if options.output_attentions:
             return "output_attentions"
         if options.unknown:

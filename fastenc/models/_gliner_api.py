@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from fastenc.models import _gliner_plan as plan
 from fastenc.models._gliner_predict import CPU_TOKENS_PER_THREAD, Options, predict
 from fastenc.nn import VarlenBatch
 from fastenc.nn._kept import Kept
+from fastenc.nn._modules import evaluating
 
 Labels = str | Sequence[str] | Mapping[str, str] | Sequence[Sequence[str]] | Sequence[Mapping]
 Entities = list[dict[str, Any]]
@@ -232,24 +231,6 @@ class EntityApi:
                 rows.update(zip(new[first:stop], made.unbind(0), strict=True))
                 first = stop
         return torch.stack([rows[label] for label in labels])
-
-
-_turn = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then every flag as it was."""
-    with _turn:
-        training = [m for m in model.modules() if m.training]
-        if training:
-            model.eval()
-    try:
-        yield
-    finally:
-        with _turn:
-            for module in training:
-                module.training = True
 
 
 def _label_weights(model: Any) -> Iterator[Tensor]:

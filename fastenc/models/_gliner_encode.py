@@ -86,6 +86,7 @@ def recur(rnn: nn.Module, words: Words) -> Words:
     return Words(out.index_select(0, inverse), words.cu_words, words.lengths)
 
 
+@torch.compiler.disable  # numpy on lengths: traced, they would be symbols
 def _time_major(lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Packed rows in the order of a PackedSequence, and how many sequences reach each step."""
     counts = np.asarray(lengths, np.int64)

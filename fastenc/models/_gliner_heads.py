@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastenc.nn._modules import is_unhooked
 from fastenc.nn.dropout import dropout
-from fastenc.nn.linear import linear, product
+from fastenc.nn.linear import PrepackedLinear, linear, product
 from fastenc.ops import span_candidates, span_score
 
 Hits = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -40,6 +40,24 @@ class Words:
         """(num_seqs, ...) -> (words, ...): each sequence's row at all of its words."""
         lengths = self.cu_words.diff().long()
         return per_seq.repeat_interleave(lengths, 0, output_size=self.x.shape[0])
+
+
+_FOLDED = (nn.Sequential, nn.Linear, PrepackedLinear, nn.ReLU, nn.Dropout)
+
+
+def head_obstacle(model: nn.Module) -> str | None:
+    """Why the folds, which read weights and call no module, would not do what the head does."""
+    if hasattr(model, "scorer"):
+        outer, name = (model.scorer,), "out_mlp"
+    else:
+        outer, name = (model.span_rep_layer, model.span_rep_layer.span_rep_layer), "out_project"
+    folded = [*getattr(outer[-1], name).modules()]
+    for module in folded:
+        if type(module) not in _FOLDED:
+            return f"{name} holds a {type(module).__name__}"
+    if not all(map(is_unhooked, (*outer, *folded))):
+        return f"hooks on {name} or what holds it"
+    return None
 
 
 def projected(layers: nn.Module, x: Tensor) -> Tensor:
@@ -181,16 +199,20 @@ def token_logits(
     d = words.x.shape[-1]
     token, token_factor = linear(scorer.proj_token, words.x).split(d, -1)
     label, label_factor = linear(scorer.proj_label, prompts).split(d, -1)
+    token = product(token, first.weight[:, :d], first.bias)
     label = product(label, first.weight[:, d : 2 * d])
+    weight, out_weight, out_bias = (  # under autocast products have another dtype
+        x.to(token.dtype) for x in (first.weight[:, 2 * d :], last.weight, last.bias)
+    )
     return token_score(
-        product(token, first.weight[:, :d], first.bias),
+        token,
         label.expand(words.num_seqs, -1, -1),
         token_factor.contiguous(),
         label_factor.expand(words.num_seqs, -1, -1),
-        first.weight[:, 2 * d :],
-        last.weight,
+        weight,
+        out_weight,
         words.cu_words,
-        last.bias,
+        out_bias,
         scorer.out_mlp[1].p if scorer.training else 0.0,
         seed,
     )

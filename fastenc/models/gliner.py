@@ -24,6 +24,7 @@ from fastenc.models._gliner_heads import (
     Hits,
     Scorer,
     SpanRepLayer,
+    head_obstacle,
     projected,
     projection,
     span_hits,
@@ -187,6 +188,9 @@ class GLiNER(EntityApi, nn.Module):
         return encode_labels(self.token_rep_layer, tokens)
 
     def _represent(self, batch: GLiNERBatch, labels_embeds: Tensor | None):
+        reason = head_obstacle(self)
+        if reason is not None:
+            raise NotImplementedError(f"the folded head reads weights only, but {reason}")
         words, prompts = word_representations(self, batch)
         if prompts is None:
             if labels_embeds is None:

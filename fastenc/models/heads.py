@@ -8,16 +8,19 @@ read it (answer positions over all columns, labels in the padding), transformers
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as bert
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
 from transformers.models.modernbert import modeling_modernbert as modernbert
+from transformers.models.mpnet import modeling_mpnet as mpnet
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 from transformers.utils import can_return_tuple
@@ -63,6 +66,28 @@ def _answer_positions(model, given: dict[str, Any]) -> str:
     return "everywhere" if trained else "padded"
 
 
+class _Asked(nn.Module):
+    """A base model that gets ``hidden_as`` with every call."""
+
+    def __init__(self, base: nn.Module, hidden_as: str) -> None:
+        super().__init__()
+        self.base, self.hidden_as = base, hidden_as
+        self.embeddings = base.embeddings  # which a decoder with tied weights reads
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs, fastenc_hidden_as=self.hidden_as)
+
+
+def _asking(theirs: type, model, hidden_as: str, *args, **kwargs):
+    """``theirs.forward`` of ``model`` with ``hidden_as`` for the base model."""
+    if theirs.__module__ not in (deberta.__name__, mpnet.__name__):
+        return theirs.forward(model, *args, **kwargs, fastenc_hidden_as=hidden_as)
+    view = copy.copy(model)  # these heads hand no keywords on
+    asked = _Asked(model.base_model, hidden_as)
+    view._modules = {**model._modules, model.base_model_prefix: asked}
+    return theirs.forward(view, *args, **kwargs)
+
+
 def _packed_head(theirs: type, choose: Callable[[Any, dict[str, Any]], str] | None) -> type:
     """fastenc's subclass of ``theirs``, which asks the base model for what ``choose`` says."""
     members: dict[str, Any] = {
@@ -74,10 +99,10 @@ def _packed_head(theirs: type, choose: Callable[[Any, dict[str, Any]], str] | No
 
         @functools.wraps(theirs.forward)
         def forward(self, *args, **kwargs):
-            if isinstance(self.base_model, PackedModel):
-                given = dict(zip(names, args, strict=False)) | kwargs
-                kwargs["fastenc_hidden_as"] = choose(self, given)
-            return theirs.forward(self, *args, **kwargs)
+            if not isinstance(self.base_model, PackedModel):
+                return theirs.forward(self, *args, **kwargs)
+            hidden_as = choose(self, dict(zip(names, args, strict=False)) | kwargs)
+            return _asking(theirs, self, hidden_as, *args, **kwargs)
 
         members["forward"] = forward
     mixins = (
@@ -116,6 +141,21 @@ XLMRobertaForQuestionAnswering = _packed_head(
     xlm_roberta.XLMRobertaForQuestionAnswering, _answer_positions
 )
 
+DebertaV2ForSequenceClassification = _packed_head(
+    deberta.DebertaV2ForSequenceClassification, _first
+)
+DebertaV2ForTokenClassification = _packed_head(
+    deberta.DebertaV2ForTokenClassification, _token_labels
+)
+DebertaV2ForQuestionAnswering = _packed_head(
+    deberta.DebertaV2ForQuestionAnswering, _answer_positions
+)
+DebertaV2ForMultipleChoice = _packed_head(deberta.DebertaV2ForMultipleChoice, _first)
+
+MPNetForSequenceClassification = _packed_head(mpnet.MPNetForSequenceClassification, _first)
+MPNetForTokenClassification = _packed_head(mpnet.MPNetForTokenClassification, _token_labels)
+MPNetForQuestionAnswering = _packed_head(mpnet.MPNetForQuestionAnswering, _answer_positions)
+
 
 # ---- masked-language-model heads: the decoder on packed rows -------------------------------------
 
@@ -130,6 +170,12 @@ def _bert_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
 
 def _roberta_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
     return {"logits": model.lm_head(hidden)}
+
+
+def _deberta_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
+    if model.legacy:
+        return _bert_scores(model, hidden, outputs)
+    return {"logits": model.lm_predictions(hidden, model.get_input_embeddings())}
 
 
 def _pretraining_scores(model, hidden: Tensor, outputs) -> dict[str, Tensor]:
@@ -170,7 +216,7 @@ def _masked_lm(theirs: type, output: type, scores_of: Callable, loss_of: Callabl
         if not isinstance(self.base_model, PackedModel):
             return theirs.forward(self, **given)
         if _token_labels(self, given) != "padded":
-            return theirs.forward(self, **given, fastenc_hidden_as="everywhere")
+            return _asking(theirs, self, "everywhere", **given)
         inputs = {name: x for name, x in given.items() if name not in _NEEDLESS}
         outputs = self.base_model(**inputs, fastenc_hidden_as="packed", return_dict=True)
         batch, hidden = outputs.varlen_batch, outputs.last_hidden_state
@@ -219,3 +265,7 @@ RobertaForMaskedLM = _masked_lm(
 XLMRobertaForMaskedLM = _masked_lm(
     xlm_roberta.XLMRobertaForMaskedLM, MaskedLMOutput, _roberta_scores, _bert_loss
 )
+DebertaV2ForMaskedLM = _masked_lm(
+    deberta.DebertaV2ForMaskedLM, MaskedLMOutput, _deberta_scores, _bert_loss
+)
+MPNetForMaskedLM = _masked_lm(mpnet.MPNetForMaskedLM, MaskedLMOutput, _roberta_scores, _bert_loss)

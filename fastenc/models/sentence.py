@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fastenc._encoder_folder import Recipe, read_folder, read_sentence_transformer
-from fastenc._encoder_model import Runner, evaluating, padding_id
+from fastenc._encoder_model import Runner, padding_id
 from fastenc._encoder_tokens import Tokens
 from fastenc._encoder_write import write_folder, writing_folder
 from fastenc.encoder import Encoder
 from fastenc.nn import VarlenBatch, pool
+from fastenc.nn._modules import evaluating
 
 FEW = 16
 """Up to this many texts are one batch run on the spot: no sorting, no thread, no progress bar."""
