@@ -91,6 +91,23 @@ def test_without_tables_it_is_varlen_attention():
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_one_token_attends_to_itself_alone(backend, dropout_p):
+    """Its gradients are exact, however large the scores."""
+    *tensors, cu, longest = _inputs((1,) * 8, head_dim=64)
+    tensors = [(12 * x).requires_grad_() for x in tensors]
+    with fastenc.use_backend(backend):
+        out = fastenc.disentangled_attention(
+            *tensors, cu, longest, 4, 10, dropout_p=dropout_p, seed=1
+        )
+        cotangent = torch.randn_like(out)
+        out.backward(cotangent)
+    q, k, v, key, query = tensors
+    assert torch.equal(v.grad, cotangent * (out != 0) / (1 - dropout_p))
+    assert all((x.grad == 0).all() for x in (q, k, key, query))
+
+
 def test_autocast_runs_in_the_lower_precision():
     args = _inputs((6,), grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

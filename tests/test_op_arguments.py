@@ -43,6 +43,33 @@ def test_cu_seqlens_are_right_or_refused(edges, max_seqlen):
                 call()
 
 
+def test_cu_seqlens_of_any_stride():
+    strided = torch.tensor([0, -1, 3, -1, 8], dtype=torch.int32)[::2]
+    x, labels, row = torch.randn(8, 3, 2, 4), torch.randn(2, 5, 4), torch.randn(8, 4)
+    heads, weight = x.unbind(1), torch.randn(4, 4)
+    calls = {
+        "segment_pool": lambda cu: fastenc.segment_pool(row, cu),
+        "varlen_attention": lambda cu: fastenc.varlen_attention(*heads, cu, 5),
+        "rope_varlen_attention": lambda cu: fastenc.rope_varlen_attention(
+            x, *testing.rope_tables(16, 4), cu, 5
+        ),
+        "disentangled_attention": lambda cu: fastenc.disentangled_attention(
+            *heads, None, None, cu, 5
+        ),
+        "span_pool": lambda cu: fastenc.span_pool(row, row, cu, 2),
+        "span_score": lambda cu: fastenc.span_score(row, row, labels, cu, 2),
+        "span_candidates": lambda cu: fastenc.span_candidates(row, row, labels, cu, 2, 0.5)[3],
+        "token_score": lambda cu: fastenc.token_score(
+            row, labels, row, labels, weight, weight[:3], cu
+        ),
+        "VarlenBatch": lambda cu: fastenc.segment_pool(
+            row, fastenc.nn.VarlenBatch.from_cu_seqlens(cu).cu_seqlens
+        ),
+    }
+    for name, call in calls.items():
+        assert torch.equal(call(strided), call(strided.clone())), name
+
+
 @quick
 @given(edges=st.lists(st.integers(-3, 12), min_size=0, max_size=5))
 def test_raw_kernels_check_cu_seqlens_themselves(edges):

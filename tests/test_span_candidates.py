@@ -1,3 +1,5 @@
+import sys
+
 import op_tests
 import pytest
 import torch
@@ -72,6 +74,16 @@ def test_nan_is_no_candidate():
     start, end, labels, cu = _inputs((4,), r=4)
     start[1] = float("nan")
     assert 1 not in fastenc.span_candidates(start, end, labels, cu, 3, 0.0)[0].tolist()
+
+
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_width_past_the_longest_sequence(backend):
+    *inputs, cu = _inputs((6, 0, 300), labels=130)
+    with fastenc.use_backend(backend):
+        expected = fastenc.span_candidates(*inputs, cu, 300, 0.9)
+        for width in (10**9, sys.maxsize):
+            found = fastenc.span_candidates(*inputs, cu, width, 0.9)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("lengths", "labels"), [((), 3), ((0, 0), 3), ((4,), 0)])

@@ -58,6 +58,18 @@ def test_windows_about_one_step(window):
     )
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (4, 4)])
+@pytest.mark.parametrize("backend", op_tests.BACKENDS)
+def test_a_bias_whose_exponential_overflows(backend, window):
+    case = _case("varlen_attention", (5, 700, 1, 41), 1, 16, window, False, True)
+
+    def make(dtype, device):
+        args, options = case.make(dtype, device)
+        return args, {**options, "rel_bias": options["rel_bias"] + 89}
+
+    op_tests.check_parity(testing.Case(case.op, case.name, make), torch.float32, backend)
+
+
 def _packed(lengths, heads=2, head_dim=32, dtype=torch.float32):
     total = sum(lengths)
     qkv = torch.randn(total, 3, heads, head_dim).to(dtype)

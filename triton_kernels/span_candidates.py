@@ -86,6 +86,7 @@ def span_candidates_fwd(
 
     if words * num_labels == 0:
         return lists(0)
+    max_width = min(max_width, words)
     start, end, labels, cu = (_common.unit_rows(x) for x in (start, end, labels, cu_words))
     launch = candidate_launch(num_labels, start.dtype, _common.chip_of(device))
     counts = _common.empty((words * max_width,), torch.int32, device)

@@ -157,9 +157,9 @@ class BackwardPart {
       const int64_t i = v * kLanes;
       const int n = query + i < end ? lanes_left(end, query + i) : 0;
       const vf lse = load_n(call_.lse + row + i, n);
-      // A row without a key has -inf; any finite value gives it P = 0.
-      store(rows_.lse + i,
-            zero_unless(!(lse == set(-std::numeric_limits<float>::infinity())), lse));
+      // P = 0 past the last query, whatever the bias, and where a query has no key: lse is -inf.
+      const vf infinity = set(std::numeric_limits<float>::infinity());
+      store(rows_.lse + i, select(first_n(n) & !(lse == -infinity), lse, infinity));
       store(rows_.delta + i, one_key_ ? zero() : load_n(call_.delta + row + i, n));
       store(rows_.dlse + i, call_.grad_lse ? load_n(call_.grad_lse + row + i, n) : zero());
     }

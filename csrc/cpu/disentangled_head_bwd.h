@@ -125,7 +125,7 @@ class DisentangledHead {
     }
     for (int64_t seq = task_.begin; seq < task_.end; ++seq) {
       scope_ = make_scope(p_, seq, task_.head);
-      sequence();
+      scope_.length == 1 ? one_token() : sequence();
     }
     if (p_.key) {
       collapse(*p_.key, score_unit(p_), dkey_rows_, call_.dkey);
@@ -153,6 +153,20 @@ class DisentangledHead {
         row[d] += scale * gradient[c * LD + d];
       }
     }
+  }
+
+  // P is 1, but for dropout, and dS is 0, whatever the rounding of lse and delta.
+  void one_token() {
+    const int64_t start = scope_.start, head = scope_.head;
+    const Dropout& dropout = p_.dropout;
+    const uint32_t word = ::fastenc::philox(
+        {0, static_cast<uint32_t>(start), static_cast<uint32_t>(head), 0}, dropout.seed)[0];
+    pack_rows<LD>(p_, call_.grad_out, false, start, head, 0, 1, 1,
+                  word >= dropout.threshold ? dropout.keep_scale : 0.0f, grad_rows_);
+    unpack_rows<LD>(p_, call_.dv, false, start, head, 0, 1, 1.0f, grad_rows_);
+    std::fill_n(dq_, LD, 0.0f);
+    unpack_rows<LD>(p_, call_.dq, false, start, head, 0, 1, 1.0f, dq_);
+    unpack_rows<LD>(p_, call_.dk, false, start, head, 0, 1, 1.0f, dq_);
   }
 
   void sequence() {

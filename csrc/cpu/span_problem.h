@@ -113,12 +113,14 @@ struct SpanTask {
 // there would be fewer than four tasks a thread.
 inline std::vector<SpanTask> make_span_tasks(const SpanProblem& p) {
   constexpr int64_t kSpans = 384;
-  const int64_t most = std::max<int64_t>(1, kSpans / p.max_width);
-  const int64_t block = p.words < most * 4 * num_threads() ? std::max<int64_t>(1, most / 4) : most;
   std::vector<SpanTask> tasks;
   for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
-    for (int64_t begin = 0; begin < p.length(seq); begin += block) {
-      tasks.push_back({seq, begin, std::min(begin + block, p.length(seq))});
+    const int64_t n = p.length(seq);
+    const int64_t most = kSpans / std::clamp<int64_t>(p.widths(0, n), 1, kSpans);
+    const int64_t block =
+        p.words < most * 4 * num_threads() ? std::max<int64_t>(1, most / 4) : most;
+    for (int64_t begin = 0; begin < n; begin += block) {
+      tasks.push_back({seq, begin, std::min(begin + block, n)});
     }
   }
   return tasks;

@@ -181,8 +181,8 @@ __attribute__((noinline)) void span_products(const SpanProblem& p, const SpanTas
 
 // Floats that span_products() writes at most.
 inline int64_t span_sums(const SpanProblem& p, const SpanTask& task) {
-  return (round_up((task.end - task.begin) * p.max_width, 4)) *
-         round_up(std::min(p.labels, kLabelGroup), kLanes);
+  const int64_t spans = (task.end - task.begin) * p.widths(task.begin, p.length(task.seq));
+  return round_up(spans, 4) * round_up(std::min(p.labels, kLabelGroup), kLanes);
 }
 
 }  // namespace fastenc::cpu::FASTENC_ISA

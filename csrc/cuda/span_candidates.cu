@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_candidates_fwd(Tensor start, Ten
                                                                std::optional<Tensor> label_bias) {
   FASTENC_COUNT_LAUNCH("span_candidates");
   const Launcher launcher(start);
-  SpanCall call = span_call(start, end, cu_words, max_width);
+  const int64_t widest = smaller(max_width, larger(1, start.size(0)));
+  SpanCall call = span_call(start, end, cu_words, widest);
   set_labels(&call, labels, label_bias, start);
   CandidateOutputs outputs{};
   outputs.threshold = static_cast<float>(threshold);

@@ -43,8 +43,8 @@ inline SpanCall span_call(const Tensor& start, const Tensor& end, const Tensor& 
   a.cu_words = cu_seqlens_data(cu_words, start);
   STD_TORCH_CHECK(max_width >= 1 && size <= kInt32Max - kSpanChunk,
                   "max_width: expected at least 1, got ", max_width);
-  STD_TORCH_CHECK(a.words <= (kInt32Max - kSpanRows) / max_width, a.words, " words of ", max_width,
-                  " widths are more than one launch can cover");
+  STD_TORCH_CHECK(larger(1, a.words) <= (kInt32Max - kSpanRows) / max_width, a.words, " words of ",
+                  max_width, " widths are more than one launch can cover");
   a.num_seqs = static_cast<int32_t>(cu_words.size(0) - 1);
   STD_TORCH_CHECK(a.num_seqs >= 1 || a.words == 0, "cu_words: no sequence holds the ", a.words,
                   " words");

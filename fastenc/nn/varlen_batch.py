@@ -126,7 +126,7 @@ class VarlenBatch:
             max_seqlen = longest if max_seqlen is None else max_seqlen
         cu_seqlens = cu_seqlens.to(torch.int32)
         like = cu_seqlens if input_ids is None else input_ids
-        _checks.cu_seqlens("cu_seqlens", cu_seqlens, total, like, max_seqlen)
+        cu_seqlens = _checks.cu_seqlens("cu_seqlens", cu_seqlens, total, like, max_seqlen)
         return cls(cu_seqlens, max_seqlen, total, input_ids)
 
     # ---- what it says ------------------------------------------------------------------------

@@ -52,8 +52,11 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def cu_seqlens(name: str, cu: object, total: int, like: Tensor, max_seqlen: int | None = None):
-    """``cu``: (num_seqs + 1,) int32 on ``like``'s device, from 0 to ``total``, non-decreasing."""
+def cu_seqlens(
+    name: str, cu: object, total: int, like: Tensor, max_seqlen: int | None = None
+) -> Tensor:
+    """``cu``, contiguous: (num_seqs + 1,) int32 on ``like``'s device, 0 to ``total``, no entry less
+    than the one before."""
     tensor(name, cu, 1)
     if cu.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {cu.dtype}")
@@ -62,8 +65,9 @@ def cu_seqlens(name: str, cu: object, total: int, like: Tensor, max_seqlen: int 
     same_device(name, cu, "the packed tensor", like)
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not is_int(max_seqlen)):
         raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+    cu = cu.contiguous()
     if not readable(cu):
-        return
+        return cu
     edges = cu.tolist()
     if edges[0] != 0 or edges[-1] != total:
         raise ValueError(
@@ -81,6 +85,7 @@ def cu_seqlens(name: str, cu: object, total: int, like: Tensor, max_seqlen: int 
         longest = max(longest, length)
     if max_seqlen is not None and longest > max_seqlen:
         raise ValueError(f"max_seqlen: the longest sequence has {longest} tokens, got {max_seqlen}")
+    return cu
 
 
 def is_int(value: object) -> bool:

@@ -151,7 +151,7 @@ def disentangled_attention(
         _checks.same_device(name, x, "q", q)
         if tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
-    _checks.cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q, max_seqlen)
+    cu_seqlens = _checks.cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q, max_seqlen)
     seed = check_dropout(dropout_p, seed, q)
     if scale is None:
         scale = (q.shape[2] * (1 + (pos_key is not None) + (pos_query is not None))) ** -0.5

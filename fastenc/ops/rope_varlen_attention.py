@@ -114,7 +114,7 @@ def rope_varlen_attention(
             f"qkv: expected (total_tokens, 3, heads, even head_dim), got {tuple(qkv.shape)}"
         )
     check_tables(cos, sin, qkv.shape[3], qkv)
-    _checks.cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[0], qkv, max_seqlen)
+    cu_seqlens = _checks.cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[0], qkv, max_seqlen)
     if max_seqlen > cos.shape[0]:
         raise ValueError(
             f"cos: expected at least max_seqlen = {max_seqlen} rows, got {cos.shape[0]}"

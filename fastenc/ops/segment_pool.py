@@ -117,5 +117,5 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean") -> Tensor:
     """
     _checks.floating("x", x, 2)
     _checks.one_of("mode", mode, MODES)
-    _checks.cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], x)
+    cu_seqlens = _checks.cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], x)
     return select("segment_pool", x)(x, cu_seqlens, mode)[0]

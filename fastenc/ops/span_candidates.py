@@ -69,7 +69,7 @@ def span_candidates(
         TypeError, ValueError: shapes, dtypes, devices or cu_words do not fit, or the threshold is
             no probability.
     """
-    check_spans(start, end, cu_words, max_width)
+    cu_words = check_spans(start, end, cu_words, max_width)
     check_labels(labels, label_bias, start, cu_words)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold: expected a float, got {type(threshold).__name__}")

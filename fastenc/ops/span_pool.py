@@ -55,8 +55,8 @@ define(
 )
 
 
-def check_spans(start: Tensor, end: Tensor, cu_words: Tensor, max_width: int) -> None:
-    """What every span op asks of its words."""
+def check_spans(start: Tensor, end: Tensor, cu_words: Tensor, max_width: int) -> Tensor:
+    """What every span op asks of its words; cu_words as the kernels take it."""
     _checks.floating("start", start, 2)
     _checks.floating("end", end, 2)
     _checks.same_dtype("end", end, "start", start)
@@ -65,11 +65,12 @@ def check_spans(start: Tensor, end: Tensor, cu_words: Tensor, max_width: int) ->
         raise ValueError(
             f"end: expected the shape of start {tuple(start.shape)}, got {tuple(end.shape)}"
         )
-    _checks.cu_seqlens("cu_words", cu_words, start.shape[0], start)
+    cu_words = _checks.cu_seqlens("cu_words", cu_words, start.shape[0], start)
     if isinstance(max_width, bool) or not _checks.is_int(max_width):
         raise TypeError(f"max_width: expected an int, got {type(max_width).__name__}")
     if max_width < 1:
         raise ValueError(f"max_width: expected at least 1, got {max_width}")
+    return cu_words
 
 
 def span_pool(start: Tensor, end: Tensor, cu_words: Tensor, max_width: int) -> Tensor:
@@ -87,5 +88,5 @@ def span_pool(start: Tensor, end: Tensor, cu_words: Tensor, max_width: int) -> T
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or cu_words do not fit.
     """
-    check_spans(start, end, cu_words, max_width)
+    cu_words = check_spans(start, end, cu_words, max_width)
     return select("span_pool", start)(start, end, cu_words, max_width)

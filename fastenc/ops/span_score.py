@@ -127,7 +127,7 @@ def span_score(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or cu_words do not fit.
     """
-    check_spans(start, end, cu_words, max_width)
+    cu_words = check_spans(start, end, cu_words, max_width)
     check_labels(labels, label_bias, start, cu_words)
     seed = check_dropout(dropout_p, seed, start)
     return select("span_score", start)(

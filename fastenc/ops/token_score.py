@@ -118,7 +118,7 @@ def token_score(
     """
     _checks.floating("token", token, 2)
     words, size = token.shape
-    _checks.cu_seqlens("cu_words", cu_words, words, token)
+    cu_words = _checks.cu_seqlens("cu_words", cu_words, words, token)
     _checks.floating("label", label, 3)
     _checks.floating("token_factor", token_factor, 2)
     num_seqs, labels, factors = cu_words.shape[0] - 1, label.shape[1], token_factor.shape[1]

@@ -126,7 +126,8 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None, like: Tensor) -> 
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
-def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """cu_seqlens as the kernels take it."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.floating(name, x, 3)
         _checks.same_dtype(name, x, "q", q)
@@ -137,14 +138,14 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
             )
     if q.shape[2] < 1:
         raise ValueError(f"q: expected head_dim >= 1, got shape {tuple(q.shape)}")
-    _checks.cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q, max_seqlen)
+    return _checks.cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], q, max_seqlen)
 
 
 def varlen_attention_with_lse(
     q, k, v, cu_seqlens, max_seqlen, window_size, scale, dropout_p, seed, rel_bias
 ) -> tuple[Tensor, Tensor]:
     """:func:`varlen_attention` and the log-sum-exp of each row, (heads, total_tokens) fp32."""
-    _check_packed(q, k, v, cu_seqlens, max_seqlen)
+    cu_seqlens = _check_packed(q, k, v, cu_seqlens, max_seqlen)
     left, right = check_window(window_size)
     seed = check_dropout(dropout_p, seed, q)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
@@ -196,7 +197,7 @@ def varlen_attention(
             cu_seqlens are read on the CPU, and on a GPU under ``debug_checks``).
     """
     if _flash.ASKED_FOR and _flash.serves(q, dropout_p, rel_bias):
-        _check_packed(q, k, v, cu_seqlens, max_seqlen)
+        cu_seqlens = _check_packed(q, k, v, cu_seqlens, max_seqlen)
         scale = q.shape[2] ** -0.5 if scale is None else float(scale)
         window_size = check_window(window_size)
         return _flash.attend(q, k, v, cu_seqlens, max_seqlen, window_size, scale)

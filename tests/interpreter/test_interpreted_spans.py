@@ -1,5 +1,7 @@
 """The span kernels: parity, candidates in the order of the reference, no leakage, one mask."""
 
+import sys
+
 import pytest
 import torch
 from test_interpreted_parity import check
@@ -121,6 +123,7 @@ def test_candidates_at_the_ends():
     assert len(word) == (6 + 1) * 3
     assert (word + width < torch.where(word < 3, 3, 4)).all()
     assert all(len(x) == 0 for x in fastenc.span_candidates(*args, 5, 1.0))
+    assert torch.equal(fastenc.span_candidates(*args, sys.maxsize, 0.0)[1], width)
     args[0][1] = float("nan")
     assert 1 not in fastenc.span_candidates(*args, 3, 0.0)[0].tolist()
 
