@@ -119,7 +119,7 @@ def span_candidates_ref(
     label_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """word, width, label, score, from the logits in memory; scores at the dtype of ``start``."""
-    longest = max((words.stop - words.start for _, words in _sequences(cu_words)), default=0)
+    longest = max((words.stop - words.start for _, words in sequences(cu_words)), default=0)
     logits = span_score_ref(start, end, labels, cu_words, min(max_width, longest), label_bias)
     scores = torch.sigmoid(logits)
     word, width, label = ((scores > threshold) & (logits > float("-inf"))).nonzero(as_tuple=True)
