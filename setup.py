@@ -82,24 +82,35 @@ def nvcc_release(nvcc: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else (0,)
 
 
+def cuda_sources() -> list[str]:
+    return glob.glob(f"{ROOT}/csrc/cuda/*.cu")
+
+
+def obstacle(nvcc: str | None) -> str | None:
+    """Why the CUDA library cannot be built, if so."""
+    if not cuda_sources():
+        return "no sources in csrc/cuda"
+    if nvcc is None:
+        return "nvcc was not found"
+    release = nvcc_release(nvcc)
+    if release < OLDEST_NVCC:
+        needed = f"nvcc {'.'.join(map(str, OLDEST_NVCC))} or later is needed"
+        return f"{needed}, {nvcc} is {'.'.join(map(str, release))}"
+    return None
+
+
 def choose_cuda(env: Mapping[str, str]) -> tuple[str | None, str]:
-    """(nvcc or None, the line to print). FASTENC_CUDA=1 without a fit nvcc is an error."""
+    """(nvcc or None, the line to print). FASTENC_CUDA=1 where it cannot be built is an error."""
     wanted = env.get("FASTENC_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"FASTENC_CUDA: expected 0, 1 or nothing, got {wanted!r}")
     if wanted == "0":
         return None, "fastenc: the CUDA library is not built (FASTENC_CUDA=0)"
     nvcc = find_nvcc(env)
-    if nvcc is None and wanted == "1":
-        raise SystemExit("FASTENC_CUDA=1, but nvcc was not found (PATH, CUDA_HOME)")
-    if nvcc is None:
-        return None, "fastenc: the CUDA library is not built (nvcc was not found)"
-    release = nvcc_release(nvcc)
-    if release < OLDEST_NVCC:
-        needed = f"nvcc {'.'.join(map(str, OLDEST_NVCC))} or later is needed"
-        why = f"{needed}, {nvcc} is {'.'.join(map(str, release))}"
-        if wanted == "1":
-            raise SystemExit(f"FASTENC_CUDA=1, but {why}")
+    why = obstacle(nvcc)
+    if why and wanted == "1":
+        raise SystemExit(f"FASTENC_CUDA=1, but {why}")
+    if why:
         return None, f"fastenc: the CUDA library is not built ({why})"
     archs = ", ".join(f"sm_{a}" for a in cuda_archs(env))
     return nvcc, f"fastenc: the CUDA library is built with {nvcc} for {archs}"
@@ -215,7 +226,7 @@ def build_cuda(nvcc: str, archs: list[str], build_dir: str, library: str, jobs: 
         objects = list(
             pool.map(
                 lambda unit: compile_cuda(nvcc, *unit, build_dir, flags, jobs),
-                units(glob.glob(f"{ROOT}/csrc/cuda/*.cu")).items(),
+                units(cuda_sources()).items(),
             )
         )
     link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--no-as-needed"]

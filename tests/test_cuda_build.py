@@ -56,6 +56,16 @@ def test_a_toolkit_that_is_too_old_does_not_break_the_install(build, toolkit, tm
         build.choose_cuda({**path, "FASTENC_CUDA": "1"})
 
 
+def test_without_sources_there_is_nothing_to_build(build, toolkit, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "ROOT", str(tmp_path))
+    path = {"PATH": os.path.dirname(toolkit)}
+    nvcc, line = build.choose_cuda(path)
+    assert nvcc is None
+    assert line == "fastenc: the CUDA library is not built (no sources in csrc/cuda)"
+    with pytest.raises(SystemExit, match="FASTENC_CUDA=1, but no sources in csrc/cuda"):
+        build.choose_cuda({**path, "FASTENC_CUDA": "1"})
+
+
 def test_architectures(build):
     assert build.cuda_archs({}) == ["80", "90a"]
     assert build.gencode(["80", "90a"]) == [

@@ -1,4 +1,4 @@
-"""The package: what the wheel holds, which symbols the library needs."""
+"""The package: what the sdist and the wheel hold, which symbols the library needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -31,22 +32,27 @@ def test_the_library_needs_only_the_stable_abi():
     assert any(s.startswith("aoti_torch_") for s in symbols)
 
 
+PACKAGE = ("fastenc", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def copy_tracked(folder: Path, *paths: str) -> set[str]:
+    """The tracked files among ``paths``, copied; their names."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--", *paths],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    names = {name for name in listed if name and (ROOT / name).exists()}
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return names
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from the tracked files, with the smallest libraries that have all their parts."""
     source = tmp_path_factory.mktemp("source")
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--", "fastenc", "triton_kernels", "setup.py", "pyproject.toml",
-         "README.md", "LICENSE", "csrc/host"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
-    for name in filter(None, names):
-        if (ROOT / name).exists():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    shutil.copytree(ROOT / "csrc/common", source / "csrc/common")
-    (source / "csrc/cuda").mkdir()
-    shutil.copy(ROOT / "csrc/cuda/launch_counts.cu", source / "csrc/cuda")
+    copy_tracked(source, *PACKAGE, "csrc/host", "csrc/common", "csrc/cuda/launch_counts.cu")
     out, cuda = tmp_path_factory.mktemp("wheel"), "0" if shutil.which("nvcc") is None else "1"
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
@@ -64,6 +70,20 @@ def test_wheel_contents(wheel):
     assert "fastenc/py.typed" in names
     assert any(re.match(r"fastenc/_C\..*", name) for name in names)
     assert not any(name.endswith((".cpp", ".cu")) for name in names)
+
+
+def test_an_sdist_made_without_nvcc_holds_the_cuda_sources(tmp_path):
+    source = tmp_path / "source"
+    needed = copy_tracked(source, *PACKAGE, "MANIFEST.in", "csrc")
+    copy_tracked(source, "tests/test_package.py", "docs")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=source, env={**os.environ, "FASTENC_CUDA": "0"}, check=True,
+    )  # fmt: skip
+    with tarfile.open(next(tmp_path.glob("fastenc-*.tar.gz"))) as archive:
+        files = {x.name.partition("/")[2] for x in archive.getmembers() if x.isfile()}
+    made = {name for name in files if name.startswith("fastenc.egg-info/")}
+    assert files - made - {"PKG-INFO", "setup.cfg"} == needed
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")

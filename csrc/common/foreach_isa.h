@@ -18,8 +18,10 @@
 //   }
 //   }
 //   #else                                         // 4. once
-//   void scale(const bf16* x, bf16* y, int64_t n) { FASTENC_FOR_ACTIVE_ISA(scale_row<bf16>)(x, y,
-//   n, 2); } #endif
+//   void scale(const bf16* x, bf16* y, int64_t n) {
+//     FASTENC_FOR_ACTIVE_ISA(scale_row<bf16>)(x, y, n, 2);
+//   }
+//   #endif
 //
 // Rules. Standard headers must be included before this one: included later, their inline functions
 // would be compiled with AVX-512 and the linker could keep that copy for everybody. Use no vector

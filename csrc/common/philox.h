@@ -5,6 +5,11 @@
 //
 //   attention   element (query, key, head): counter = (j >> 2, r, h, 0), word j & 3, where r is the
 //               packed row of the query, j the index of the key WITHIN its sequence, h the head
+//   span        element d of a span: (d >> 2, packed row of its first word, words after it, 1),
+//               word d & 3
+//   token       element d of a (word, label): (d >> 2, packed row, label, 2), word d & 3
+//   dropout     element i of a tensor: (c, c >> 32, 0, 3), c = 16 (i >> 6) + (i & 15), word
+//               i >> 4 & 3
 //
 // An element is kept iff its word >= uint32(p * 2^32), computed in double; kept values are scaled
 // by 1 / (1 - p).

@@ -5,12 +5,14 @@
 //   set(x) set_int(i) zero() iota()             broadcast; iota = 0, 1, 2, ... as vi
 //   load(p) load_n(p, n)                        p: float, bf16 or fp16; lanes >= n are 0
 //   store(p, v) store_n(p, v, n)                rounds to nearest even, keeps NaN; n in 0..kLanes
-//   + - * / and unary -, on vf                  fma(a, b, c) = a * b + c   fnma(a, b, c) = c - a *
-//   b min max                                     the second operand if either is NaN abs sqrt
-//   copysign(magnitude, sign) round    round: to nearest even, |x| < 2^22 < <= > >= ==  is_nan ->
-//   vm; ordered (false on NaN) select(m, a, b) zero_unless(m, a) first_n(n) sum(v) max_lane(v)
-//   horizontal; max_lane loses NaN exp exp2 log erf tanh                       <= 2 ulp, every
-//   special value as in libm; log only
+//   + - * / and unary -, on vf
+//   fma(a, b, c) fnma(a, b, c)                  a * b + c, c - a * b
+//   min max                                     the second operand if either is NaN
+//   abs sqrt copysign(magnitude, sign) round    round: to nearest even, |x| < 2^22
+//   < <= > >= ==  is_nan                        -> vm; ordered (false on NaN)
+//   select(m, a, b) zero_unless(m, a) first_n(n)
+//   sum(v) max_lane(v)                          horizontal; max_lane loses NaN
+//   exp exp2 log erf tanh                       <= 2 ulp, every special value as in libm; log only
 //                                               of positive normal numbers
 //   exp2_flush                                  exp2 for x <= 126 that flushes results under 2^-126
 //   vi: + - * & | ^ == >  shift_left<n> shift_right<n> (logical)  unsigned_ge  min max (signed)

@@ -79,7 +79,8 @@ FASTENC_INLINE void span_row(const T* a, const T* b, int64_t n, const float* kee
   }
 }
 
-// Elements [r_begin, r_begin + n) of one span of sequence `seq`: from its word i, `width` further.
+// Elements [r_begin, r_begin + n) of one span: from word i of the sequence that begins at
+// `first_word` to the word `width` after it.
 template <typename T>
 FASTENC_INLINE void make_span(const SpanProblem& p, int64_t first_word, int64_t i, int64_t width,
                               int64_t r_begin, int64_t n, float* keep, float* y) {

@@ -1,8 +1,8 @@
 // Scores of all short spans against labels, backward; fastenc/ops/span_score.py says what is
 // computed. With Z = dropout(relu(start_i + end_j)), made again, and G the incoming gradient:
 //
-//   dZ = G V, where Z > 0, over 1 - p      dstart_i = sum_w dZ[i, w]      dend_j = sum_i dZ[i, j -
-//   i] dV = G^T Z                             dbias = column sums of G
+//   dZ = G V, where Z > 0, over 1 - p    dV = G^T Z    dbias = column sums of G
+//   dstart_i = sum_w dZ[i, w]            dend_j = sum_i dZ[i, j - i]
 //
 // A task is one sequence and 256 elements of R: each of its results is complete in it, so there is
 // no partial sum between tasks, and nothing depends on the number of threads. Lanes are elements of
