@@ -133,6 +133,30 @@ def test_changes_to_the_live_object_are_seen(tmp_path):
     assert calls and "hooks on its modules" in ran.fallbacks[0]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"processing_kwargs": {"text": {"max_length": 8}}},
+        {"processing_kwargs": {"text": {"add_special_tokens": False}}},
+        {"modality_config": {"text": {"method": "forward",
+                                      "method_output_name": ["hidden_states", -2]}}},
+    ],
+)  # fmt: skip
+def test_what_the_transformer_module_does_to_texts(tmp_path, change):
+    texts = [text for text in TEXTS if text]  # no special tokens: theirs fails on an empty text
+    plain = tiny(tmp_path)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    ours.encode(texts[:2])
+    for model in (plain, ours):
+        vars(model[0]).update(change)
+    with fastenc.record() as ran:
+        found = ours.encode(texts)
+    expected_of(plain, texts).check(found)
+    assert len(ran.fallbacks) == 1 and "is not supported" in ran.fallbacks[0]
+    with pytest.raises(NotImplementedError, match="is not supported"):
+        fastenc.Encoder(plain)
+
+
 def test_saved_folders_stay_vanilla(tmp_path):
     head = [st_modules.Dense(32, 12), st_modules.Normalize()]
     model = tiny(tmp_path, *head)

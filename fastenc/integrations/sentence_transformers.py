@@ -100,6 +100,8 @@ def _body_of(model: st.SentenceTransformer) -> SentenceBody | str:
         id(tokenizer),
         getattr(tokenizer, "truncation_side", None),
         getattr(first, "max_seq_length", None),
+        str(getattr(first, "modality_config", None)),
+        str(getattr(first, "processing_kwargs", None)),
         *(id(part) for module in rest for part in module.modules()),
         *(str(m.get_config_dict()) for m in rest if type(m).__name__ == "Pooling"),
     )
