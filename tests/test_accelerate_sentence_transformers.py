@@ -207,6 +207,22 @@ def test_a_class_of_its_own_keeps_its_encode(tmp_path):
     assert "a class of its own" in ran.fallbacks[0] and type(model) is Mine
 
 
+@pytest.mark.parametrize("attend", [False, True])
+def test_query_expansion_of_colbert(tmp_path, attend):
+    body = tiny_body(tmp_path)
+    body.query_expansion = {"strategy": "fixed", "length": 16, "attend": attend}
+    mask = st.multi_vector_encoder.modules.MultiVectorMask()
+    plain = st.MultiVectorEncoder(modules=[body, mask], device="cpu")
+    with fastenc.record() as ran:
+        ours = fastenc.accelerate(copy.deepcopy(plain))
+        found = ours.encode_query(TEXTS[:3])
+    Expected.of(plain, lambda model: model.encode_query(TEXTS[:3])).check(found)
+    if attend:
+        assert ran.fallbacks == [] and "varlen_attention" in ran.calls
+        return
+    assert len(ran.fallbacks) == 1 and "unattended" in ran.fallbacks[0]
+
+
 # ---- CrossEncoder --------------------------------------------------------------------------------
 
 

@@ -218,6 +218,9 @@ _CLASSES = {st.SentenceTransformer: SentenceTransformer, st.CrossEncoder: CrossE
 
 def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     """Take over the model inside, and the class of a SentenceTransformer or CrossEncoder."""
+    if _scores_padding(obj):
+        note_fallback(f"{type(obj).__name__}: it scores expansion tokens unattended, it stays")
+        return inner.restore(obj)
     try:
         inner.accelerate(obj)
     except TypeError:
@@ -233,6 +236,14 @@ def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     elif type(obj) not in _CLASSES.values() and isinstance(obj, tuple(_CLASSES)):
         note_fallback(f"{type(obj).__name__}: a class of its own keeps its encode and predict")
     return linear.prepack(obj) if prepack else obj
+
+
+def _scores_padding(obj: nn.Module) -> bool:
+    """Whether hidden states are read where the attention mask is 0, and ours are zeros."""
+    if not isinstance(obj, getattr(st, "MultiVectorEncoder", ())):
+        return False
+    expansions = (getattr(module, "query_expansion", None) for module in obj.modules())
+    return any(expansion and not expansion["attend"] for expansion in expansions)
 
 
 def restore(obj: nn.Module) -> nn.Module:
