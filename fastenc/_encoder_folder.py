@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastenc._encoder_model import length_limit, load_transformer, lower_case
+from fastenc._encoder_model import learns_prompts, length_limit, load_transformer, lower_case
 from fastenc.nn import POOLING_MODES
 
 TRANSFORMER_CONFIGS = tuple(
@@ -96,6 +96,8 @@ def read_sentence_transformer(model: nn.Module, whole: bool = False) -> Recipe:
     if not whole and getattr(model, "truncate_dim", None) is not None:
         raise _unsupported(source, "truncate_dim")
     _check_text(source, vars(first))
+    if learns_prompts(first.auto_model):
+        raise _unsupported(source, "prompt learning of peft")
     recipe = Recipe(first.auto_model, first.tokenizer, max_length=first.max_seq_length)
     recipe.prompts = {k: v or "" for k, v in (getattr(model, "prompts", None) or {}).items()}
     recipe.default_prompt = getattr(model, "default_prompt_name", None)

@@ -85,6 +85,11 @@ def lower_case(tokenizer: Any) -> None:
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
 
 
+def learns_prompts(model: nn.Module) -> bool:
+    """Whether peft puts virtual tokens before the texts: its wrapper does, no layer inside."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
 # ---- running -----------------------------------------------------------------------------------
 
 
@@ -98,7 +103,7 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, pad_id: int, cuda_graphs: bool = False):
-        self.base = getattr(model, "base_model", model)
+        self.base = model if learns_prompts(model) else getattr(model, "base_model", model)
         self.pad_id = pad_id
         self._graphs: ForwardGraphs | None = None
         if cuda_graphs:
@@ -110,6 +115,8 @@ class Runner:
             )
 
     def _packed(self) -> Callable[..., Tensor] | None:
+        if learns_prompts(self.base):
+            return None
         return packed_forward_of(self.base) or packed_forward_of(_as_ours(self.base))
 
     @property
@@ -149,7 +156,8 @@ class Runner:
             attention_mask=on_device(real.astype(np.int64), self.device),
         )
         places = on_device(np.flatnonzero(real), self.device)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, places)
+        hidden = out.last_hidden_state[:, -real.shape[1] :]  # virtual tokens stand before the text
+        return hidden.flatten(0, 1).index_select(0, places)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import sentence_transformers as st
 import setfit
@@ -221,6 +222,33 @@ def test_query_expansion_of_colbert(tmp_path, attend):
         assert ran.fallbacks == [] and "varlen_attention" in ran.calls
         return
     assert len(ran.fallbacks) == 1 and "unattended" in ran.fallbacks[0]
+
+
+@pytest.mark.parametrize("adapter", ["PromptTuning", "PrefixTuning", "Lora"])
+def test_peft_inside(tmp_path, adapter):
+    options = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+    if adapter != "Lora":
+        options = {"num_virtual_tokens": 3}
+    config = getattr(peft, f"{adapter}Config")(task_type="FEATURE_EXTRACTION", **options)
+    plain = tiny(tmp_path).eval()
+    plain[0].model = wrapped = peft.get_peft_model(plain[0].model, config).eval()
+    with fastenc.record() as ran:
+        ours = fastenc.accelerate(copy.deepcopy(plain))
+        found = ours.encode(TEXTS)
+    expected_of(plain).check(found)
+    with fastenc.record() as alone:
+        rows = fastenc.Encoder(ours[0].model, plain.tokenizer).encode(TEXTS)
+
+    def mean(model):
+        made = (plain.tokenizer(text, return_tensors="pt", truncation=True) for text in TEXTS)
+        return [model(**x).last_hidden_state[0, -x.input_ids.shape[1] :].mean(0) for x in made]
+
+    Expected.of(wrapped, mean).check(rows)
+    if adapter == "Lora":
+        assert ran.fallbacks == alone.fallbacks == [] and "varlen_attention" in alone.calls
+        return
+    assert len(ran.fallbacks) == 1 and "learns prompts" in ran.fallbacks[0]
+    assert len(alone.fallbacks) == 1 and "runs padded" in alone.fallbacks[0]
 
 
 # ---- CrossEncoder --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fastenc._encoder_model import learns_prompts
 from fastenc.encoder import CPU_TOKENS_PER_THREAD
 from fastenc.integrations import transformers as inner
 from fastenc.models.sentence import SentenceBody
@@ -218,8 +219,8 @@ _CLASSES = {st.SentenceTransformer: SentenceTransformer, st.CrossEncoder: CrossE
 
 def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     """Take over the model inside, and the class of a SentenceTransformer or CrossEncoder."""
-    if _scores_padding(obj):
-        note_fallback(f"{type(obj).__name__}: it scores expansion tokens unattended, it stays")
+    if (what := _reads_padding(obj)) is not None:
+        note_fallback(f"{type(obj).__name__}: it {what}, it stays as it is")
         return inner.restore(obj)
     try:
         inner.accelerate(obj)
@@ -238,12 +239,16 @@ def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     return linear.prepack(obj) if prepack else obj
 
 
-def _scores_padding(obj: nn.Module) -> bool:
-    """Whether hidden states are read where the attention mask is 0, and ours are zeros."""
-    if not isinstance(obj, getattr(st, "MultiVectorEncoder", ())):
-        return False
-    expansions = (getattr(module, "query_expansion", None) for module in obj.modules())
-    return any(expansion and not expansion["attend"] for expansion in expansions)
+def _reads_padding(obj: nn.Module) -> str | None:
+    """What reads hidden states of padding, which are zeros in ours."""
+    scores_all = isinstance(obj, getattr(st, "MultiVectorEncoder", ()))
+    for module in obj.modules():
+        if learns_prompts(module):  # then Pooling leaves the attention mask out
+            return "learns prompts by peft"
+        expansion = getattr(module, "query_expansion", None)
+        if scores_all and expansion and not expansion["attend"]:
+            return "scores expansion tokens unattended"
+    return None
 
 
 def restore(obj: nn.Module) -> nn.Module:
