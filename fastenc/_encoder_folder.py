@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastenc._encoder_model import learns_prompts, length_limit, load_transformer, lower_case
+from fastenc._encoder_model import (
+    bounded,
+    learns_prompts,
+    length_limit,
+    load_transformer,
+    lower_case,
+)
 from fastenc.nn import POOLING_MODES
 
 TRANSFORMER_CONFIGS = tuple(
@@ -98,7 +104,7 @@ def read_sentence_transformer(model: nn.Module, whole: bool = False) -> Recipe:
     _check_text(source, vars(first))
     if learns_prompts(first.auto_model):
         raise _unsupported(source, "prompt learning of peft")
-    recipe = Recipe(first.auto_model, first.tokenizer, max_length=first.max_seq_length)
+    recipe = Recipe(first.auto_model, first.tokenizer, max_length=bounded(first.max_seq_length))
     recipe.prompts = {k: v or "" for k, v in (getattr(model, "prompts", None) or {}).items()}
     recipe.default_prompt = getattr(model, "default_prompt_name", None)
     for module in rest:
@@ -178,7 +184,7 @@ def _read_transformer(source: str, path: str) -> Recipe:
     model, tokenizer = load_transformer(source, path)
     if config.get("do_lower_case"):
         lower_case(tokenizer)
-    limit = config.get("max_seq_length") or length_limit(tokenizer, model.config)
+    limit = bounded(config.get("max_seq_length")) or length_limit(tokenizer, model.config)
     return Recipe(model, tokenizer, max_length=limit)
 
 

@@ -63,8 +63,13 @@ def length_limit(tokenizer: Any, config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and getattr(config, "model_type", "") in COUNT_FROM_PADDING:
         positions -= config.pad_token_id + 1
-    limits = (getattr(tokenizer, "model_max_length", None), positions)
-    return min((limit for limit in limits if limit and 0 < limit < 10**9), default=None)
+    limits = (bounded(getattr(tokenizer, "model_max_length", None)), bounded(positions))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def bounded(limit: int | None) -> int | None:
+    """A length limit, None where there is none: transformers' 10**30 among them."""
+    return limit if limit and 0 < limit < 10**9 else None
 
 
 def padding_id(tokenizer: Any, model: nn.Module) -> int:

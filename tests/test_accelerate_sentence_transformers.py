@@ -197,6 +197,27 @@ def test_another_architecture_runs_padded(tmp_path):
     expected.check(found)
 
 
+def test_without_a_length_limit(tmp_path):
+    """T5's and XLNet's tokenizers name none: transformers says 10**30."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM, model_max_length=None)
+    small = {"vocab_size": len(tokenizer), "d_model": 32, "pad_token_id": 0, "num_labels": 1}
+    t5 = transformers.T5Config(**small, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    xlnet = transformers.XLNetConfig(**small, n_layer=2, n_head=2, d_inner=64)
+    transformers.T5Model(t5).save_pretrained(tmp_path / "t5")
+    transformers.XLNetForSequenceClassification(xlnet).save_pretrained(tmp_path / "xlnet")
+    for name in ("t5", "xlnet"):
+        tokenizer.save_pretrained(tmp_path / name)
+    plain = st.SentenceTransformer(str(tmp_path / "t5"), device="cpu")
+    assert plain.max_seq_length > 10**9
+    expected = expected_of(plain)
+    expected.check(fastenc.Encoder(plain).encode(TEXTS))
+    expected.check(fastenc.accelerate(plain).encode(TEXTS))
+    pairs = st.CrossEncoder(str(tmp_path / "xlnet"), device="cpu")
+    assert pairs.max_seq_length > 10**9
+    scores = Expected.of(pairs, lambda model: model.predict(PAIRS[:6]))
+    scores.check(fastenc.accelerate(pairs).predict(PAIRS[:6]))
+
+
 def test_a_class_of_its_own_keeps_its_encode(tmp_path):
     class Mine(st.SentenceTransformer):
         def encode(self, *args, **kwargs):

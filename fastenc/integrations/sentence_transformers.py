@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastenc._encoder_model import learns_prompts
+from fastenc._encoder_model import bounded, learns_prompts
 from fastenc.encoder import CPU_TOKENS_PER_THREAD
 from fastenc.integrations import transformers as inner
 from fastenc.models.sentence import SentenceBody
@@ -200,7 +200,7 @@ def _cuts(lengths: np.ndarray, budget: int, most: int | None) -> list[tuple[int,
         lengths: (n,) characters, not increasing. most: tokens at which a pair is cut, or None.
     """
     tokens = np.maximum(lengths // CHARACTERS_PER_TOKEN, 1) + 3
-    if most is not None:
+    if (most := bounded(most)) is not None:
         tokens = np.minimum(tokens, most)
     edges = np.concatenate([[0], np.cumsum(tokens)])
     cuts, start = [], 0
