@@ -119,6 +119,9 @@ class Runner:
                 keep=getattr(_as_ours(self.base), "_kept_tables", None),
             )
 
+    def __reduce__(self) -> tuple:
+        return Runner, (self.base, self.pad_id, self._graphs is not None)
+
     def _packed(self) -> Callable[..., Tensor] | None:
         if learns_prompts(self.base):
             return None

@@ -49,6 +49,9 @@ class Tokens:
         self._tokenizer, self._lock = tokenizer, threading.Lock()
         self._copied: tuple[Any, int, Any] | None = None
 
+    def __reduce__(self) -> tuple:
+        return Tokens, (self._tokenizer, self.max_length, self.truncate)
+
     def _fast(self) -> Any:
         """The private copy of the tokenizers.Tokenizer inside, None where there is none."""
         shared = _shared(self._tokenizer)
