@@ -113,6 +113,21 @@ def test_what_encode_can_be_asked(tmp_path):
     ]
 
 
+def test_queries_and_documents(tmp_path):
+    plain = tiny(tmp_path, prompts={"query": "find: "})
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    for name in ("encode_query", "encode_document"):
+        with fastenc.record() as ran:
+            found = getattr(ours, name)(TEXTS)
+        assert ran.fallbacks == []
+        Expected.of(plain, lambda model, n=name: getattr(model, n)(TEXTS)).check(found)
+    plain[0].query_length = ours[0].query_length = 4
+    with fastenc.record() as ran:
+        found = ours.encode_query(TEXTS)
+    assert ran.fallbacks == ["SentenceTransformer: arguments (task)"]
+    Expected.of(plain, lambda model: model.encode_query(TEXTS)).check(found)
+
+
 def test_changes_to_the_live_object_are_seen(tmp_path):
     plain = tiny(tmp_path)
     ours = fastenc.accelerate(copy.deepcopy(plain))

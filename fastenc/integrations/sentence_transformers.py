@@ -122,13 +122,20 @@ def _why_theirs(
     """What of a call sentence-transformers' own code must do."""
     if output_value != "sentence_embedding":
         return f"output_value={output_value!r}"
-    if kwargs:
-        return f"arguments ({', '.join(sorted(kwargs))})"
+    if heeded := kwargs.keys() - (() if _heeds_task(model[0]) else {"task"}):
+        return f"arguments ({', '.join(sorted(heeded))})"
     if not all(type(x) is str for x in inputs):
         return "inputs that are no strings"
     if _hooked(model):
         return "hooks on its modules, or a compiled or replaced forward"
     return None
+
+
+def _heeds_task(first: nn.Module) -> bool:
+    """Whether a Transformer module treats queries and documents differently, prompts aside."""
+    own = ("query_length", "document_length", "query_expansion")
+    declared = getattr(first, "_declared_forward_params", ("task",))
+    return "task" in declared or any(getattr(first, name, None) is not None for name in own)
 
 
 def _hooked(model: nn.Module) -> bool:
