@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastenc._encoder_model import length_limit, load_transformer, lower_case
+from fastenc._encoder_model import (
+    bounded,
+    learns_prompts,
+    length_limit,
+    load_transformer,
+    lower_case,
+)
 from fastenc.nn import POOLING_MODES
 
 TRANSFORMER_CONFIGS = tuple(
@@ -95,7 +101,10 @@ def read_sentence_transformer(model: nn.Module, whole: bool = False) -> Recipe:
     _check_first(source, _dotted(first))
     if not whole and getattr(model, "truncate_dim", None) is not None:
         raise _unsupported(source, "truncate_dim")
-    recipe = Recipe(first.auto_model, first.tokenizer, max_length=first.max_seq_length)
+    _check_text(source, vars(first))
+    if learns_prompts(first.auto_model):
+        raise _unsupported(source, "prompt learning of peft")
+    recipe = Recipe(first.auto_model, first.tokenizer, max_length=bounded(first.max_seq_length))
     recipe.prompts = {k: v or "" for k, v in (getattr(model, "prompts", None) or {}).items()}
     recipe.default_prompt = getattr(model, "default_prompt_name", None)
     for module in rest:
@@ -134,6 +143,17 @@ def _check_first(source: str, dotted: str) -> None:
         raise _unsupported(source, f"{dotted} as the first module")
 
 
+def _check_text(source: str, config: dict) -> None:
+    """Refuse a Transformer module, by its settings, that makes other token embeddings."""
+    served = config.get("modality_config") or {}
+    text = served.get("text") or {}
+    wanted = (text.get("method", "forward"), text.get("method_output_name", "last_hidden_state"))
+    if wanted != ("forward", "last_hidden_state"):
+        raise _unsupported(source, f"pooling of {wanted[1]} of {wanted[0]}")
+    if "message" in served or config.get("processing_kwargs"):
+        raise _unsupported(source, "a chat template, or processing_kwargs,")
+
+
 def _complete(recipe: Recipe, source: str) -> Recipe:
     if recipe.pooling is None:
         raise _unsupported(source, "a model without a Pooling module")
@@ -160,17 +180,11 @@ def _dotted(module: nn.Module) -> str:
 def _read_transformer(source: str, path: str) -> Recipe:
     configs = (read_json(source, name, path) for name in TRANSFORMER_CONFIGS)
     config: dict = next((c for c in configs if c), {})
-    served = config.get("modality_config") or {}
-    text = served.get("text") or {}
-    wanted = (text.get("method", "forward"), text.get("method_output_name", "last_hidden_state"))
-    if wanted != ("forward", "last_hidden_state"):
-        raise _unsupported(source, f"pooling of {wanted[1]} of {wanted[0]}")
-    if "message" in served or config.get("processing_kwargs"):
-        raise _unsupported(source, "a chat template, or processing_kwargs,")
+    _check_text(source, config)
     model, tokenizer = load_transformer(source, path)
     if config.get("do_lower_case"):
         lower_case(tokenizer)
-    limit = config.get("max_seq_length") or length_limit(tokenizer, model.config)
+    limit = bounded(config.get("max_seq_length")) or length_limit(tokenizer, model.config)
     return Recipe(model, tokenizer, max_length=limit)
 
 

@@ -60,8 +60,13 @@ def length_limit(tokenizer: Any, config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and getattr(config, "model_type", "") in COUNT_FROM_PADDING:
         positions -= config.pad_token_id + 1
-    limits = (getattr(tokenizer, "model_max_length", None), positions)
-    return min((limit for limit in limits if limit and 0 < limit < 10**9), default=None)
+    limits = (bounded(getattr(tokenizer, "model_max_length", None)), bounded(positions))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def bounded(limit: int | None) -> int | None:
+    """A length limit, None where there is none: transformers' 10**30 among them."""
+    return limit if limit and 0 < limit < 10**9 else None
 
 
 def padding_id(tokenizer: Any, model: nn.Module) -> int:
@@ -82,6 +87,11 @@ def lower_case(tokenizer: Any) -> None:
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
 
 
+def learns_prompts(model: nn.Module) -> bool:
+    """Whether peft puts virtual tokens before the texts: its wrapper does, no layer inside."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
 # ---- running -----------------------------------------------------------------------------------
 
 
@@ -95,7 +105,7 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, pad_id: int, cuda_graphs: bool = False):
-        self.base = getattr(model, "base_model", model)
+        self.base = model if learns_prompts(model) else getattr(model, "base_model", model)
         self.pad_id = pad_id
         self._graphs: ForwardGraphs | None = None
         if cuda_graphs:
@@ -106,7 +116,12 @@ class Runner:
                 keep=getattr(_as_ours(self.base), "_kept_tables", None),
             )
 
+    def __reduce__(self) -> tuple:
+        return Runner, (self.base, self.pad_id, self._graphs is not None)
+
     def _packed(self) -> Callable[..., Tensor] | None:
+        if learns_prompts(self.base):
+            return None
         return packed_forward_of(self.base) or packed_forward_of(_as_ours(self.base))
 
     @property
@@ -146,7 +161,8 @@ class Runner:
             attention_mask=on_device(real.astype(np.int64), self.device),
         )
         places = on_device(np.flatnonzero(real), self.device)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, places)
+        hidden = out.last_hidden_state[:, -real.shape[1] :]  # virtual tokens stand before the text
+        return hidden.flatten(0, 1).index_select(0, places)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -41,20 +41,37 @@ class Tokens:
 
     ``tokenizer``: of transformers or of the tokenizers library, or a callable with the arguments of
     transformers' tokenizers. Works on a private copy where it can: transformers changes the state
-    of a shared one at each call.
+    of a shared one at each call. Tokens that are added to it are seen.
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None, truncate: bool):
         self.max_length, self.truncate = max_length, truncate
         self._tokenizer, self._lock = tokenizer, threading.Lock()
-        self._fast = _private_copy(tokenizer)
-        if self._fast is not None:
-            self._fast.no_padding()
-            self._fast.no_truncation()
-            self._fast.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
-            if truncate and max_length is not None:
-                side = getattr(tokenizer, "truncation_side", "right")
-                self._fast.enable_truncation(max_length, direction=side)
+        self._copied: tuple[Any, int, Any] | None = None
+
+    def __reduce__(self) -> tuple:
+        return Tokens, (self._tokenizer, self.max_length, self.truncate)
+
+    def _fast(self) -> Any:
+        """The private copy of the tokenizers.Tokenizer inside, None where there is none."""
+        shared = _shared(self._tokenizer)
+        if shared is None:
+            return None
+        size = shared.get_vocab_size()
+        with self._lock:
+            if self._copied is None or self._copied[0] is not shared or self._copied[1] != size:
+                self._copied = shared, size, self._copy(shared)
+            return self._copied[2]
+
+    def _copy(self, shared: Any) -> Any:
+        made = copy.deepcopy(shared)
+        made.no_padding()
+        made.no_truncation()
+        made.encode_special_tokens = getattr(self._tokenizer, "split_special_tokens", False)
+        if self.truncate and self.max_length is not None:
+            side = getattr(self._tokenizer, "truncation_side", "right")
+            made.enable_truncation(self.max_length, direction=side)
+        return made
 
     def __call__(self, texts: list[str], first: int = 0) -> list[np.ndarray]:
         """One int32 array of token ids a text, special tokens included.
@@ -63,8 +80,8 @@ class Tokens:
             ValueError: truncate is False and a text is longer than max_length. The message names
                 its place, counted from ``first``, and its token count.
         """
-        if self._fast is not None:
-            ids = [row.ids for row in self._fast.encode_batch_fast(texts)]
+        if (fast := self._fast()) is not None:
+            ids = [row.ids for row in fast.encode_batch_fast(texts)]
         else:
             cut = {"truncation": True, "max_length": self.max_length}
             with self._lock:
@@ -80,19 +97,19 @@ class Tokens:
         return [np.asarray(row, dtype=np.int32) for row in ids]
 
 
-def _private_copy(tokenizer: Any):
-    """A copy of the tokenizers.Tokenizer inside, None where Python code of its own takes part."""
+def _shared(tokenizer: Any) -> Any:
+    """The tokenizers.Tokenizer inside, None where Python code of its own takes part."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if isinstance(tokenizer, tokenizers.Tokenizer):
-        return copy.deepcopy(tokenizer)
+        return tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return None
     own = ("__call__", "_encode_plus")
     if any(getattr(type(tokenizer), f) is not getattr(PreTrainedTokenizerFast, f) for f in own):
         return None
-    return copy.deepcopy(tokenizer.backend_tokenizer)
+    return tokenizer.backend_tokenizer
 
 
 def window_edges(count: int) -> list[tuple[int, int]]:

@@ -88,6 +88,8 @@ def encode_file(
     """Embed the lines of ``source`` ("-": stdin) into ``out``; returns a sentence about it."""
     from fastenc import Encoder, record
 
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}")
     jsonl = source.suffix in (".jsonl", ".ndjson")
     if str(source) == "-":
         texts = list(read_texts(sys.stdin, jsonl, field))
@@ -167,8 +169,8 @@ def _app(typer: Any) -> Any:
                 max_length=max_length,
                 **options,
             )
-        except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError) as error:
-            raise fail(error) from None
+        except (ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:
+            raise fail(error) from None  # torch asserts that it was built for a device
         typer.echo(said)
 
     @app.command(

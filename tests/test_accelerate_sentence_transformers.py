@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import sentence_transformers as st
 import setfit
@@ -112,6 +113,21 @@ def test_what_encode_can_be_asked(tmp_path):
     ]
 
 
+def test_queries_and_documents(tmp_path):
+    plain = tiny(tmp_path, prompts={"query": "find: "})
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    for name in ("encode_query", "encode_document"):
+        with fastenc.record() as ran:
+            found = getattr(ours, name)(TEXTS)
+        assert ran.fallbacks == []
+        Expected.of(plain, lambda model, n=name: getattr(model, n)(TEXTS)).check(found)
+    plain[0].query_length = ours[0].query_length = 4
+    with fastenc.record() as ran:
+        found = ours.encode_query(TEXTS)
+    assert ran.fallbacks == ["SentenceTransformer: arguments (task)"]
+    Expected.of(plain, lambda model: model.encode_query(TEXTS)).check(found)
+
+
 def test_changes_to_the_live_object_are_seen(tmp_path):
     plain = tiny(tmp_path)
     ours = fastenc.accelerate(copy.deepcopy(plain))
@@ -131,6 +147,30 @@ def test_changes_to_the_live_object_are_seen(tmp_path):
     with fastenc.record() as ran:
         ours.encode(TEXTS)
     assert calls and "hooks on its modules" in ran.fallbacks[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"processing_kwargs": {"text": {"max_length": 8}}},
+        {"processing_kwargs": {"text": {"add_special_tokens": False}}},
+        {"modality_config": {"text": {"method": "forward",
+                                      "method_output_name": ["hidden_states", -2]}}},
+    ],
+)  # fmt: skip
+def test_what_the_transformer_module_does_to_texts(tmp_path, change):
+    texts = [text for text in TEXTS if text]  # no special tokens: theirs fails on an empty text
+    plain = tiny(tmp_path)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    ours.encode(texts[:2])
+    for model in (plain, ours):
+        vars(model[0]).update(change)
+    with fastenc.record() as ran:
+        found = ours.encode(texts)
+    expected_of(plain, texts).check(found)
+    assert len(ran.fallbacks) == 1 and "is not supported" in ran.fallbacks[0]
+    with pytest.raises(NotImplementedError, match="is not supported"):
+        fastenc.Encoder(plain)
 
 
 def test_saved_folders_stay_vanilla(tmp_path):
@@ -172,6 +212,27 @@ def test_another_architecture_runs_padded(tmp_path):
     expected.check(found)
 
 
+def test_without_a_length_limit(tmp_path):
+    """T5's and XLNet's tokenizers name none: transformers says 10**30."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM, model_max_length=None)
+    small = {"vocab_size": len(tokenizer), "d_model": 32, "pad_token_id": 0, "num_labels": 1}
+    t5 = transformers.T5Config(**small, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    xlnet = transformers.XLNetConfig(**small, n_layer=2, n_head=2, d_inner=64)
+    transformers.T5Model(t5).save_pretrained(tmp_path / "t5")
+    transformers.XLNetForSequenceClassification(xlnet).save_pretrained(tmp_path / "xlnet")
+    for name in ("t5", "xlnet"):
+        tokenizer.save_pretrained(tmp_path / name)
+    plain = st.SentenceTransformer(str(tmp_path / "t5"), device="cpu")
+    assert plain.max_seq_length > 10**9
+    expected = expected_of(plain)
+    expected.check(fastenc.Encoder(plain).encode(TEXTS))
+    expected.check(fastenc.accelerate(plain).encode(TEXTS))
+    pairs = st.CrossEncoder(str(tmp_path / "xlnet"), device="cpu")
+    assert pairs.max_seq_length > 10**9
+    scores = Expected.of(pairs, lambda model: model.predict(PAIRS[:6]))
+    scores.check(fastenc.accelerate(pairs).predict(PAIRS[:6]))
+
+
 def test_a_class_of_its_own_keeps_its_encode(tmp_path):
     class Mine(st.SentenceTransformer):
         def encode(self, *args, **kwargs):
@@ -181,6 +242,49 @@ def test_a_class_of_its_own_keeps_its_encode(tmp_path):
     with fastenc.record() as ran:
         assert fastenc.accelerate(model).encode(TEXTS) == "mine"
     assert "a class of its own" in ran.fallbacks[0] and type(model) is Mine
+
+
+@pytest.mark.parametrize("attend", [False, True])
+def test_query_expansion_of_colbert(tmp_path, attend):
+    body = tiny_body(tmp_path)
+    body.query_expansion = {"strategy": "fixed", "length": 16, "attend": attend}
+    mask = st.multi_vector_encoder.modules.MultiVectorMask()
+    plain = st.MultiVectorEncoder(modules=[body, mask], device="cpu")
+    with fastenc.record() as ran:
+        ours = fastenc.accelerate(copy.deepcopy(plain))
+        found = ours.encode_query(TEXTS[:3])
+    Expected.of(plain, lambda model: model.encode_query(TEXTS[:3])).check(found)
+    if attend:
+        assert ran.fallbacks == [] and "varlen_attention" in ran.calls
+        return
+    assert len(ran.fallbacks) == 1 and "unattended" in ran.fallbacks[0]
+
+
+@pytest.mark.parametrize("adapter", ["PromptTuning", "PrefixTuning", "Lora"])
+def test_peft_inside(tmp_path, adapter):
+    options = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+    if adapter != "Lora":
+        options = {"num_virtual_tokens": 3}
+    config = getattr(peft, f"{adapter}Config")(task_type="FEATURE_EXTRACTION", **options)
+    plain = tiny(tmp_path).eval()
+    plain[0].model = wrapped = peft.get_peft_model(plain[0].model, config).eval()
+    with fastenc.record() as ran:
+        ours = fastenc.accelerate(copy.deepcopy(plain))
+        found = ours.encode(TEXTS)
+    expected_of(plain).check(found)
+    with fastenc.record() as alone:
+        rows = fastenc.Encoder(ours[0].model, plain.tokenizer).encode(TEXTS)
+
+    def mean(model):
+        made = (plain.tokenizer(text, return_tensors="pt", truncation=True) for text in TEXTS)
+        return [model(**x).last_hidden_state[0, -x.input_ids.shape[1] :].mean(0) for x in made]
+
+    Expected.of(wrapped, mean).check(rows)
+    if adapter == "Lora":
+        assert ran.fallbacks == alone.fallbacks == [] and "varlen_attention" in alone.calls
+        return
+    assert len(ran.fallbacks) == 1 and "learns prompts" in ran.fallbacks[0]
+    assert len(alone.fallbacks) == 1 and "runs padded" in alone.fallbacks[0]
 
 
 # ---- CrossEncoder --------------------------------------------------------------------------------

@@ -67,12 +67,14 @@ def test_encode_lines_and_jsonl(tmp_path):
         ((MINILM, "missing.txt"), "missing.txt"),
         ((MINILM, "in.txt", "--no-truncate", "--max-length", "4"), "text 1 has 5 tokens"),
         ((MINILM, "in.txt", "--pooling", "median"), "pooling: expected one of"),
+        ((MINILM, "in.txt", "--device", "xpu"), "not compiled with XPU"),
+        (("/no/such/folder", "in.txt", "-o", "no/out.npy"), "there is no folder no"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(arguments, message, tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("one\none two three\n")
     monkeypatch.chdir(tmp_path)
-    done = here("encode", *arguments, "-o", "out.npy")
+    done = here("encode", "-o", "out.npy", *arguments)
     said = done.stderr.strip().splitlines()[-1]
     assert done.exit_code == 1 and said.startswith("fastenc: ") and message in said
     assert os.listdir(tmp_path) == ["in.txt"]

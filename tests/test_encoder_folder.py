@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,20 @@ def test_dense_normalize_and_prompts(tmp_path):
     asked.check(Encoder(folder).encode(TEXTS))
     unit = Encoder(folder, normalize=True).encode(TEXTS)
     Expected(*map(torch.nn.functional.normalize, (asked.plain, asked.exact))).check(unit)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles(tmp_path, twin_of):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32), st_modules.Dense(32, 12))
+    encoder = Encoder(folder, normalize=True, cuda_graphs=True)
+    expected = expected_of(theirs, normalize_embeddings=True)
+    expected.check(encoder.encode(TEXTS))
+    twin = twin_of(encoder)
+    expected.check(twin.encode(TEXTS))
+    for model in (theirs[0].auto_model, twin.model):
+        model.embeddings.word_embeddings.weight.data.mul_(2)
+    expected_of(theirs, normalize_embeddings=True).check(twin.encode(TEXTS))
+    expected.check(encoder.encode(TEXTS))
 
 
 def test_the_prompt_left_out_of_pooling(tmp_path):

@@ -68,6 +68,25 @@ def test_token_ids(minilm):
         minilm.token_ids(["a", None])
 
 
+def test_tokens_added_later_are_seen(tmp_path):
+    theirs, folder = tiny(tmp_path)
+    live = fastenc.accelerate(SentenceTransformer(str(folder), device="cpu"))
+    body, encoder = SentenceBody.from_folder(folder), fastenc.Encoder(folder)
+    texts = ["one qwxz of the blorp words", *TEXTS]
+    for model in (live, body, encoder):
+        model.encode(texts[:2])
+        model.encode(texts)
+    parts = [(model[0].tokenizer, model[0].auto_model) for model in (theirs, live)]
+    for tokenizer, model in [*parts, *((x.tokenizer, x.model) for x in (body, encoder))]:
+        tokenizer.add_tokens(["qwxz", "blorp"])
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.get_input_embeddings().weight.data[-2:] = 1.0
+    expected = expected_of(theirs, texts)
+    for model in (live, body, encoder):
+        expected.check(model.encode(texts))
+        expected.check(model.encode(texts[:2]), slice(2))
+
+
 @pytest.mark.parametrize("pooling", POOLING)
 def test_forward_and_gradients(tmp_path, pooling):
     """Against sentence-transformers in float64, every pooling, Dense and Normalize behind it."""

@@ -36,7 +36,7 @@ def accelerate(obj: T, *, prepack: bool = False, cuda_graphs: bool = False) -> T
     Args:
         obj: a transformers model, or any module that contains one; a SentenceTransformer or
             CrossEncoder, whose ``encode`` and ``predict`` then also make batches by tokens; a
-            setfit.SetFitModel.
+            setfit.SetFitModel; a pipeline or Trainer around one of them.
         prepack: also keep the weights of its linear layers in oneDNN's layout where the CPU takes
             its product (:func:`fastenc.nn.prepack`: bf16; fp32 on Intel's processors): faster
             without gradients, at the memory of those weights once more.
@@ -50,10 +50,11 @@ def accelerate(obj: T, *, prepack: bool = False, cuda_graphs: bool = False) -> T
     Raises:
         TypeError: nothing in ``obj`` is known; the message lists what is.
     """
-    accelerated = _handler(obj).accelerate(obj, prepack=prepack)
+    model = _model_of(obj)
+    _handler(model).accelerate(model, prepack=prepack)
     if cuda_graphs:
-        _use_cuda_graphs(accelerated, True)
-    return accelerated
+        _use_cuda_graphs(model, True)
+    return obj
 
 
 def restore(obj: T) -> T:
@@ -62,8 +63,11 @@ def restore(obj: T) -> T:
     Returns:
         ``obj`` itself.
     """
-    _use_cuda_graphs(obj, False)
-    return _handler(obj).restore(obj)
+    model = _model_of(obj)
+    handler = _handler(model)
+    _use_cuda_graphs(model, False)
+    handler.restore(model)
+    return obj
 
 
 def _use_cuda_graphs(obj: object, on: bool) -> None:
@@ -75,15 +79,22 @@ def _use_cuda_graphs(obj: object, on: bool) -> None:
                 module.use_cuda_graphs(on)
 
 
+def _model_of(obj: object) -> object:
+    """The module that a pipeline or Trainer runs; other objects as they are."""
+    model = getattr(obj, "model", None)
+    return model if isinstance(model, nn.Module) and not isinstance(obj, nn.Module) else obj
+
+
 def _handler(obj: object) -> ModuleType:
+    is_module = isinstance(obj, nn.Module)
     for cls in type(obj).__mro__:
-        name = _HANDLERS.get(cls.__module__.partition(".")[0])
-        if name is not None:
-            return importlib.import_module(name)
-    if isinstance(obj, nn.Module):
+        package = cls.__module__.partition(".")[0]
+        if package in _HANDLERS and (is_module or package == "setfit"):
+            return importlib.import_module(_HANDLERS[package])
+    if is_module:
         return importlib.import_module(_HANDLERS["transformers"])
     raise TypeError(
-        f"accelerate: expected a torch.nn.Module or an object of {', '.join(sorted(_HANDLERS))}, "
+        f"accelerate: expected a torch.nn.Module or a model of {', '.join(sorted(_HANDLERS))}, "
         f"got {type(obj).__module__}.{type(obj).__qualname__}"
     )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fastenc._encoder_model import bounded, learns_prompts
 from fastenc.encoder import CPU_TOKENS_PER_THREAD
 from fastenc.integrations import transformers as inner
 from fastenc.models.sentence import SentenceBody
@@ -100,6 +101,8 @@ def _body_of(model: st.SentenceTransformer) -> SentenceBody | str:
         id(tokenizer),
         getattr(tokenizer, "truncation_side", None),
         getattr(first, "max_seq_length", None),
+        str(getattr(first, "modality_config", None)),
+        str(getattr(first, "processing_kwargs", None)),
         *(id(part) for module in rest for part in module.modules()),
         *(str(m.get_config_dict()) for m in rest if type(m).__name__ == "Pooling"),
     )
@@ -119,13 +122,20 @@ def _why_theirs(
     """What of a call sentence-transformers' own code must do."""
     if output_value != "sentence_embedding":
         return f"output_value={output_value!r}"
-    if kwargs:
-        return f"arguments ({', '.join(sorted(kwargs))})"
+    if heeded := kwargs.keys() - (() if _heeds_task(model[0]) else {"task"}):
+        return f"arguments ({', '.join(sorted(heeded))})"
     if not all(type(x) is str for x in inputs):
         return "inputs that are no strings"
     if _hooked(model):
         return "hooks on its modules, or a compiled or replaced forward"
     return None
+
+
+def _heeds_task(first: nn.Module) -> bool:
+    """Whether a Transformer module treats queries and documents differently, prompts aside."""
+    own = ("query_length", "document_length", "query_expansion")
+    declared = getattr(first, "_declared_forward_params", ("task",))
+    return "task" in declared or any(getattr(first, name, None) is not None for name in own)
 
 
 def _hooked(model: nn.Module) -> bool:
@@ -197,7 +207,7 @@ def _cuts(lengths: np.ndarray, budget: int, most: int | None) -> list[tuple[int,
         lengths: (n,) characters, not increasing. most: tokens at which a pair is cut, or None.
     """
     tokens = np.maximum(lengths // CHARACTERS_PER_TOKEN, 1) + 3
-    if most is not None:
+    if (most := bounded(most)) is not None:
         tokens = np.minimum(tokens, most)
     edges = np.concatenate([[0], np.cumsum(tokens)])
     cuts, start = [], 0
@@ -216,6 +226,9 @@ _CLASSES = {st.SentenceTransformer: SentenceTransformer, st.CrossEncoder: CrossE
 
 def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     """Take over the model inside, and the class of a SentenceTransformer or CrossEncoder."""
+    if (what := _reads_padding(obj)) is not None:
+        note_fallback(f"{type(obj).__name__}: it {what}, it stays as it is")
+        return inner.restore(obj)
     try:
         inner.accelerate(obj)
     except TypeError:
@@ -231,6 +244,18 @@ def accelerate(obj: nn.Module, prepack: bool = False) -> nn.Module:
     elif type(obj) not in _CLASSES.values() and isinstance(obj, tuple(_CLASSES)):
         note_fallback(f"{type(obj).__name__}: a class of its own keeps its encode and predict")
     return linear.prepack(obj) if prepack else obj
+
+
+def _reads_padding(obj: nn.Module) -> str | None:
+    """What reads hidden states of padding, which are zeros in ours."""
+    scores_all = isinstance(obj, getattr(st, "MultiVectorEncoder", ()))
+    for module in obj.modules():
+        if learns_prompts(module):  # then Pooling leaves the attention mask out
+            return "learns prompts by peft"
+        expansion = getattr(module, "query_expansion", None)
+        if scores_all and expansion and not expansion["attend"]:
+            return "scores expansion tokens unattended"
+    return None
 
 
 def restore(obj: nn.Module) -> nn.Module:
