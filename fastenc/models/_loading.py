@@ -24,7 +24,8 @@ class StrictLoading:
                 weights-only reader.
             strict: False leaves missing and extra keys to transformers, which warns and
                 initialises; ``ignore_mismatched_sizes=True`` does so for misshaped ones. Keys of
-                heads are always handled as transformers does.
+                heads, and extra keys outside the base model's own parts, are always handled as
+                transformers does.
 
         Raises:
             ValueError: naming the missing, extra or misshaped keys.
@@ -40,7 +41,9 @@ class StrictLoading:
         complaints = []
         if strict:
             complaints += _named("missing", _of_base(info["missing_keys"], prefix))
-            complaints += _named("unexpected", _of_base(info["unexpected_keys"], prefix))
+            own = {name.split(".")[0] for name in model.base_model.state_dict()} - _HEADS
+            extra = (key for key in info["unexpected_keys"] if _top(key, prefix) in own)
+            complaints += _named("unexpected", extra)
         if not reshape:
             misshaped = (
                 f"{key} ({tuple(found)} in the checkpoint, {tuple(expected)} in the model)"
@@ -53,7 +56,11 @@ class StrictLoading:
 
 
 def _of_base(keys: Iterable[str], prefix: str) -> list[str]:
-    return [key for key in keys if key.removeprefix(prefix).split(".")[0] not in _HEADS]
+    return [key for key in keys if _top(key, prefix) not in _HEADS]
+
+
+def _top(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).split(".")[0]
 
 
 def _named(what: str, keys: Iterable[str]) -> list[str]:
