@@ -196,14 +196,17 @@ def lora(model):
     model.eval()
 
 
+def head_of(model):
+    return model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
+
+
 def hook(model):
-    layer = model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
-    layer.register_forward_hook(lambda module, args, out: out + 1.0)
+    head_of(model).register_forward_hook(lambda module, args, out: out + 1.0)
 
 
 def quantized(model):
-    layer = model.scorer if hasattr(model, "scorer") else model.span_rep_layer.span_rep_layer
-    torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, torch.qint8, inplace=True)
+    layers = {torch.nn.Linear}
+    torch.ao.quantization.quantize_dynamic(head_of(model), layers, torch.qint8, inplace=True)
 
 
 @pytest.mark.parametrize("kind", ["span", "token"])

@@ -2,8 +2,8 @@
 
 A head computes what transformers computes from padded hidden states, with two exceptions: one that
 reads the first token gets the first *real* token under any padding, and a masked-language-model
-decoder runs on real tokens only. Padding holds zeros; where a loss would
-read it (answer positions over all columns, labels in the padding), transformers' own forward runs.
+decoder runs on real tokens only. Padding holds zeros; where a loss would read it (answer positions
+over all columns, labels in the padding), transformers' own forward runs.
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
+def _kept(counter: tuple[Tensor, ...], size: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """(..., size) bool of counters for four elements each, broadcast to (..., size / 4)."""
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, int(seed))), dim=-1)
+    return words.flatten(-2)[..., :size] >= int(dropout_p * 2**32)
+
+
 def keep_elements(count: int, dropout_p: float, seed: Tensor) -> Tensor:
     """(count,) bool: what dropout keeps of a tensor's elements, by their index i alone.
 
@@ -59,9 +65,7 @@ def keep_of_three(
         torch.arange(middle, device=device).view(-1, 1),
         torch.full((), tag, dtype=torch.int64, device=device),
     )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, int(seed))), dim=-1)
-    words = words.flatten(-2)[..., :size]
-    return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
+    return _kept(counter, size, dropout_p, seed).double() / (1 - dropout_p)
 
 
 def keep_mask(rows: Tensor, num_keys: int, heads: int, dropout_p: float, seed: Tensor) -> Tensor:
@@ -74,6 +78,4 @@ def keep_mask(rows: Tensor, num_keys: int, heads: int, dropout_p: float, seed: T
         torch.arange(heads, device=device).view(-1, 1, 1),
         torch.zeros((), dtype=torch.int64, device=device),
     )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, int(seed))), dim=-1)
-    words = words.flatten(-2)[..., :num_keys]
-    return words >= int(dropout_p * 2**32)
+    return _kept(counter, num_keys, dropout_p, seed)
