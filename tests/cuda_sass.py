@@ -52,6 +52,28 @@ def setup_script():
     return module
 
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+
+
+def nvcc_of(build) -> str:
+    """The nvcc that setup.py takes; skips where there is none."""
+    nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
+    if nvcc is None:
+        pytest.skip(line)
+    return nvcc
+
+
+def library() -> Path:
+    """Built below build/, which git ignores: unchanged sources are not compiled again."""
+    build = setup_script()
+    nvcc, folder = nvcc_of(build), Path(build.object_folder(list(ARCHS)))
+    path = folder / "_cuda.so"
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with alone(folder):
+        build.build_cuda(nvcc, list(ARCHS), str(folder), str(path), jobs)
+    return path
+
+
 def cuobjdump() -> str:
     found = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
@@ -79,9 +101,7 @@ def compiled(source: str, arch: str = "sm_90a") -> tuple[dict[str, Sass], str]:
     Skips where nvcc or cuobjdump is missing. Objects are kept where setup.py keeps them.
     """
     build = setup_script()
-    nvcc, line = build.choose_cuda({**os.environ, "FASTENC_CUDA": "", "FASTENC_CUDA_ARCHS": ""})
-    if nvcc is None:
-        pytest.skip(line)
+    nvcc = nvcc_of(build)
     tool, folder = cuobjdump(), Path(build.object_folder(list(ARCHS)))
     units = build.units([str(path) for path in ROOT.glob("csrc/cuda/*.cu")])
     path = str(ROOT / "csrc" / "cuda" / source)
