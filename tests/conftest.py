@@ -51,7 +51,8 @@ def seed():
 
 @pytest.fixture
 def two_threads():
-    """The CPU kernels' work is split: `make test` gives each of its processes one thread."""
+    """The CPU kernels' work is split: `make test` gives each of its processes one thread. What a
+    test sets lasts until its end."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -1,4 +1,5 @@
-"""What every op is held to, written once; each op's test file names its op and adds its own."""
+"""What every op is held to, written once; each op's test file names its op and adds its own, and
+uses the fixture ``two_threads``, behind which a test may set the number of threads."""
 
 from __future__ import annotations
 
@@ -40,13 +41,9 @@ def check_opcheck(case: testing.Case, args: tuple) -> None:
 def check_repeatable(case: testing.Case, dtype: torch.dtype, threads: int) -> None:
     """Two runs are bit-equal, forward and backward."""
     public = getattr(fastenc, case.op)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        first = testing.run_with_gradients(public, *case.make(dtype))
-        second = testing.run_with_gradients(public, *case.make(dtype))
-    finally:
-        torch.set_num_threads(before)
+    first = testing.run_with_gradients(public, *case.make(dtype))
+    second = testing.run_with_gradients(public, *case.make(dtype))
     for a, b in zip(first[0], second[0], strict=True):
         assert torch.equal(a, b)
     for key, grad in first[1].items():
@@ -55,13 +52,10 @@ def check_repeatable(case: testing.Case, dtype: torch.dtype, threads: int) -> No
 
 def check_threads(case: testing.Case, dtype: torch.dtype) -> None:
     """One thread and three make the same bits, forward and backward."""
-    public, before, made = getattr(fastenc, case.op), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            made.append(testing.run_with_gradients(public, *case.make(dtype)))
-    finally:
-        torch.set_num_threads(before)
+    public, made = getattr(fastenc, case.op), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        made.append(testing.run_with_gradients(public, *case.make(dtype)))
     (one, gradients), (three, others) = made
     for a, b in zip(one, three, strict=True):
         assert torch.equal(a, b)
