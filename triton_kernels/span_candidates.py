@@ -25,7 +25,7 @@ from fastenc.triton_kernels._spans import (
 )
 
 
-@triton.jit(do_not_specialize=["num_seqs", "writing"])
+@triton.jit(do_not_specialize=["num_seqs", "writing", "max_width"])
 def candidates_kernel(
     start_ptr, end_ptr, labels_ptr, bias_ptr, cu_ptr, count_ptr, place_ptr, word_ptr, width_ptr,
     label_ptr, score_ptr, writing, num_seqs, max_width, size, num_labels, least, start_stride,
@@ -86,7 +86,7 @@ def span_candidates_fwd(
 
     if words * num_labels == 0:
         return lists(0)
-    max_width = min(max_width, words)
+    max_width = min(max_width, words)  # as wide as the batch: it must not specialise the kernel
     start, end, labels, cu = (_common.unit_rows(x) for x in (start, end, labels, cu_words))
     launch = candidate_launch(num_labels, start.dtype, _common.chip_of(device))
     counts = _common.empty((words * max_width,), torch.int32, device)
