@@ -53,7 +53,7 @@ BESIDE = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TOP
 test: $(VENV)/.test lint
 	$(BESIDE) --dist loadfile tests -m "not slow" --ignore=tests/interpreter --ignore=tests/gates
 	TRITON_INTERPRET=1 $(BESIDE) --dist worksteal tests/interpreter
-	$(PY) -m pytest tests/gates -m "not slow"
+	$(BESIDE) --dist worksteal tests/gates -m "not slow"
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .

@@ -360,14 +360,17 @@ def faults(kernel: Compiled, sixteen_bit: bool, vectors: bool = True) -> list[st
     return found
 
 
-def table(kernels: list[Compiled]) -> str:
-    """Registers, shared memory and spills, one line a kernel and target."""
+def line_of(k: Compiled) -> str:
+    """Registers, shared memory and spills of a kernel on one target."""
+    return (
+        f"{k.name:44} {k.chip:7} {k.dtype:8} {k.registers:4} {k.shared:7} {k.spills:6}  "
+        f"{k.settings}"
+    )
+
+
+def table(lines: Iterable[str]) -> str:
+    """What :func:`line_of` says of each kernel, once."""
     head = (
         f"{'kernel':44} {'target':7} {'dtype':8} {'regs':>4} {'shared':>7} {'spills':>6}  settings"
     )
-    lines = {
-        f"{k.name:44} {k.chip:7} {k.dtype:8} {k.registers:4} {k.shared:7} {k.spills:6}  "
-        f"{k.settings}"
-        for k in kernels
-    }
-    return "\n".join([head, *sorted(lines)])
+    return "\n".join([head, *sorted(set(lines))])

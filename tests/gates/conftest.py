@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-compiled: list = []
+lines: list[str] = []
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,13 +41,26 @@ def fresh_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def report():
     """``report(kernels)`` adds them to the table at the end."""
-    return compiled.extend
+    from compiling import line_of
+
+    return lambda kernels: lines.extend(map(line_of, kernels))
+
+
+def pytest_sessionfinish(session):
+    sent = getattr(session.config, "workeroutput", None)  # of a process of pytest-xdist
+    if sent is not None:
+        sent["compiled"] = lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    lines.extend(getattr(node, "workeroutput", {}).get("compiled", ()))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not compiled:
+    if not lines:
         return
     from compiling import table
 
     terminalreporter.section("compiled kernels")
-    terminalreporter.write_line(table(compiled))
+    terminalreporter.write_line(table(lines))
