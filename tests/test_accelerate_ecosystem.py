@@ -275,6 +275,34 @@ def test_export(reference, masked):
             exported.module()(ids, mask)
 
 
+@pytest.fixture
+def exported_to_onnx(monkeypatch):
+    """``export(model, arguments)`` as torch.onnx.export does before it converts: the op names."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+
+    def export(model, arguments):
+        rows = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        shapes = (rows,) * len(arguments)
+        program = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+        return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+    return export
+
+
+def test_onnx_is_given_no_op_of_fastenc(reference, exported_to_onnx):
+    """torch.onnx.export's default, dynamo=True, converts none of them."""
+    fast = fastenc.accelerate(copy.deepcopy(reference))
+    ops = exported_to_onnx(fast, padded((10, 7), 10, 99))
+    assert ops and not [op for op in ops if op.startswith("fastenc")]
+
+
+def test_onnx_needs_another_attn_implementation(reference, exported_to_onnx):
+    model = copy.deepcopy(reference)
+    model.set_attn_implementation("fastenc")
+    with pytest.raises(NotImplementedError, match=r"does not serve torch\.onnx\.export"):
+        exported_to_onnx(model, padded((10, 7), 10, 99))
+
+
 def test_a_trace_holds_for_other_lengths():
     plain = transformers.BertModel(transformers.BertConfig(**test_bert.TINY)).eval()
     plain.requires_grad_(False)

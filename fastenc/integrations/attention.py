@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastenc.models._attention import windowed_with_gaps
+from fastenc.models._obstacles import in_onnx_export
 from fastenc.nn import VarlenBatch
 from fastenc.ops import varlen_attention
 
@@ -109,6 +110,8 @@ def _checked(
         refused = "cross-attention or a cache"
     elif kwargs.get("position_bias") is not None:
         refused = "a position bias"
+    elif in_onnx_export():
+        refused = 'torch.onnx.export, which needs another, such as "sdpa"'
     elif mask is None:
         shape = (query.shape[0], query.shape[2])
         return PackedMask(VarlenBatch.from_padded(shape=shape, device=query.device))

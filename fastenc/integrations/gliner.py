@@ -33,6 +33,7 @@ from fastenc.models._gliner_heads import (
     span_logits,
     token_logits,
 )
+from fastenc.models._obstacles import traced
 from fastenc.nn import VarlenBatch, linear, packed_forward_of
 from fastenc.ops._registry import note_fallback
 from fastenc.ops._rules import wide
@@ -95,8 +96,9 @@ def _forward(self, *args: Any, **kwargs: Any) -> GLiNERBaseOutput:
 
 def _obstacle(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why this call runs in gliner's own forward, or None."""
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
+    tracer = traced()
+    if tracer is not None:
+        return tracer
     if args:
         return "positional arguments"
     if kwargs.get("return_embeddings"):

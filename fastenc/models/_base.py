@@ -17,7 +17,7 @@ from transformers import modeling_utils
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastenc.models._loading import StrictLoading
-from fastenc.models._obstacles import Slots, obstacle
+from fastenc.models._obstacles import Slots, obstacle, traced
 from fastenc.nn import VarlenBatch
 from fastenc.nn.graphs import ForwardGraphs, GraphsOf
 from fastenc.ops import _checks
@@ -259,8 +259,9 @@ class PackedModel(StrictLoading):
         return "is_causal" if getattr(self.config, "is_causal", False) else None
 
     def _why_not_packed(self, options: CallOptions, attention_mask: object) -> str | None:
-        if torch.jit.is_tracing():  # a trace would keep this batch's lengths
-            return "torch.jit.trace"
+        tracer = traced()
+        if tracer is not None:
+            return tracer
         if options.output_attentions:
             return "output_attentions"
         if options.unknown:

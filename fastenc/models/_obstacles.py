@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 _HOOKS = (
@@ -51,6 +52,18 @@ def obstacle(root: nn.Module, slots: Slots) -> str | None:
             if found is not None:
                 return found
     return None
+
+
+def traced() -> str | None:
+    """What makes a graph of this call that would keep its lengths, or has no op of fastenc's."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.onnx.export" if in_onnx_export() else None
+
+
+def in_onnx_export() -> bool:
+    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return tracing and torch.onnx.is_in_onnx_export()
 
 
 def _harmless(hook: object) -> bool:
