@@ -221,6 +221,28 @@ def test_accumulation(folder):
 # ---- the head ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [
+    {"pairing": "exact", "sampling_strategy": "unique", "max_steps": 5,
+     "gradient_accumulation_steps": 4},
+    {"max_steps": 1, "block_size": 4},
+])  # fmt: skip
+def test_max_steps_are_the_most(folder, given):
+    """Whole epochs whose last step has fewer batches; blocks of fewer pairs than a batch."""
+    assert train(model_of(folder), **given).state.global_step == given["max_steps"]
+
+
+def test_accumulation_leaves_evaluation_alone(folder):
+    def evaluated(batches):
+        args = fastenc.SetFitTrainingArguments(
+            pairing="exact", eval_strategy="steps", eval_max_steps=1, batch_size=4,
+            gradient_accumulation_steps=batches, **QUIET,
+        )  # fmt: skip
+        return fastenc.SetFitTrainer(model, args, DATA, DATA)._evaluator(args)()
+
+    model = model_of(folder)
+    assert evaluated(4) == evaluated(1)
+
+
 def test_a_differentiable_head_encodes_once(folder, monkeypatch):
     model = model_of(folder, use_differentiable_head=True, head_params={"out_features": 2})
     calls = []

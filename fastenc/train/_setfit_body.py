@@ -78,6 +78,8 @@ class BodyTraining:
         whole_epochs = objective.epochs == int(objective.epochs)
         if whole_epochs:
             steps = self._steps_per_epoch * int(objective.epochs)
+        if args.max_steps > 0:
+            steps = min(steps, args.max_steps)
         self._resume = resume
         if resume is not None:
             self.state = checkpoint.read_state(resume, steps)

@@ -215,7 +215,7 @@ class SetFitTrainer:
             labels = np.asarray(column(self.eval_dataset, "label"))
         tokens, rows = self._tokens(texts, args)
         examples = self._stage_1(tokens, rows, labels, args)
-        update = {"max_steps": args.eval_max_steps}
+        update = {"max_steps": args.eval_max_steps, "gradient_accumulation_steps": 1}
         goal = objective(examples, args.update(update))
 
         def loss() -> float:
