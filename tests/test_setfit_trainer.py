@@ -342,6 +342,20 @@ def test_evaluation_checkpoints_and_the_best(folder, tmp_path):
     assert all(torch.equal(v, saved[k]) for k, v in model.body.state_dict().items())
 
 
+@pytest.mark.parametrize("delay, best", [(0, None), (2, "checkpoint-2")])
+def test_the_best_step_need_not_be_saved(folder, tmp_path, delay, best):
+    """All steps are as good, so that the first to be evaluated is the best."""
+    args = fastenc.SetFitTrainingArguments(
+        eval_strategy="steps", eval_steps=1, eval_delay=delay, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, body_learning_rate=0.0, block_steps=4,
+        output_dir=str(tmp_path), **QUIET,
+    )  # fmt: skip
+    trainer = fastenc.SetFitTrainer(model_of(folder), args, DATA, DATA)
+    trainer.train_embeddings()
+    found = trainer.state.best_model_checkpoint
+    assert found == (None if best is None else str(tmp_path / best))
+
+
 def test_evaluation_sees_the_weights_of_its_step(folder, tmp_path):
     """Also after the model has predicted before training, with copies of its weights."""
     model = model_of(folder)

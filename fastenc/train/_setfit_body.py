@@ -24,7 +24,6 @@ from transformers.trainer_callback import (
     TrainerControl,
     TrainerState,
 )
-from transformers.trainer_utils import IntervalStrategy
 
 from fastenc.nn import VarlenBatch
 from fastenc.train import _processes
@@ -227,14 +226,14 @@ class BodyTraining:
         if best is None or (value > best if better else value < best):
             self.state.best_metric = value
             self.state.best_global_step = self.state.global_step
-            if self.args.save_strategy != IntervalStrategy.NO:
-                self.state.best_model_checkpoint = str(self._folder())
 
     def _folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save(self) -> None:
         """A folder that sentence-transformers reads and training goes on from."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._folder())
         if not self.state.is_world_process_zero:
             return
         folder = self._folder()
