@@ -237,10 +237,8 @@ class BodyTraining:
         if not self.state.is_world_process_zero:
             return
         folder = self._folder()
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with self.embeddings.made_whole():
-            self.body.save(folder)
-        checkpoint.save(folder, self.state, self.optimizer, self.handler.callbacks)
+            checkpoint.save(folder, self.body, self.state, self.optimizer, self.handler.callbacks)
         kept = (self.state.best_model_checkpoint, folder)
         checkpoint.prune(folder.parent, self.args.save_total_limit, kept)
         self._event("on_save")
