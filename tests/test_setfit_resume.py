@@ -121,6 +121,23 @@ def test_only_checkpoints_are_pruned(folder, tmp_path):  # noqa: F811
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+def test_the_generator_is_that_of_the_gpu_that_trains(folder, tmp_path, monkeypatch):  # noqa: F811
+    gpu, put_back = torch.device("cuda", 1), []
+
+    def state_of(device="current"):
+        return torch.tensor([getattr(device, "index", 0)], dtype=torch.uint8)
+
+    def put(state, device="current"):
+        put_back.append((state.tolist(), device))
+
+    monkeypatch.setattr(_setfit_checkpoint, "_device", lambda optimizer: gpu, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", state_of)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
+    trainer_of(folder, tmp_path, block_steps=3).train_embeddings()
+    trainer_of(folder, tmp_path, block_steps=3).train_embeddings(resume_from_checkpoint=True)
+    assert put_back == [([1], gpu)]
+
+
 def test_checkpoints_that_do_not_fit(folder, tmp_path):  # noqa: F811
     trainer_of(folder, tmp_path, block_steps=4).train_embeddings()
     with pytest.raises(ValueError, match="of a run of 4 steps, this one has 5"):

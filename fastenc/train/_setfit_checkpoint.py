@@ -86,7 +86,7 @@ def save(
         for i, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    tensors |= {f"generator.{kind}": value for kind, value in _generators().items()}
+    tensors |= {f"generator.{kind}": value for kind, value in _generators(optimizer).items()}
     _write(folder / MOMENTS, lambda path: save_file(tensors, path))
     _write(folder / STATE, lambda path: state.save_to_json(str(path)))
 
@@ -129,15 +129,21 @@ def load(
             for name, value in saved["attributes"].items():
                 setattr(callback, name, value)
     torch.set_rng_state(generators["generator.cpu"])
-    if torch.cuda.is_available() and "generator.cuda" in generators:
-        torch.cuda.set_rng_state(generators["generator.cuda"])
+    device = _device(optimizer)
+    if device.type == "cuda" and "generator.cuda" in generators:
+        torch.cuda.set_rng_state(generators["generator.cuda"], device)
 
 
-def _generators() -> dict[str, Tensor]:
-    found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state()
+def _generators(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """States of the CPU's generator, and of that of the GPU that trains, current or not."""
+    found, device = {"cpu": torch.get_rng_state()}, _device(optimizer)
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
     return found
+
+
+def _device(optimizer: torch.optim.Optimizer) -> torch.device:
+    return next(p.device for group in optimizer.param_groups for p in group["params"])
 
 
 def prune(parent: Path, limit: int | None, kept: tuple[str | Path | None, ...]) -> None:
