@@ -394,6 +394,29 @@ def test_early_stopping_and_callbacks(folder):
     assert trainer.state.global_step == Seen.steps == 3  # the first is the best, two are no better
 
 
+def test_callbacks_find_the_model_whole(folder, tmp_path):
+    """They predict texts that training never sees, and save what can be read."""
+    unseen, seen = ["zebras, quite unseen"], []
+
+    class Uses(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append(model.encode(unseen))
+            model.save_pretrained(tmp_path / str(state.global_step))
+
+    given = {"block_steps": 3, "body_learning_rate": 1e-2, "l2_weight": 0.5}
+    alone, used = model_of(folder), model_of(folder)
+    train(alone, **given)
+    args = fastenc.SetFitTrainingArguments(**QUIET, **given)
+    fastenc.SetFitTrainer(used, args, DATA, callbacks=[Uses()]).train()
+    for step, vectors in enumerate(seen, 1):
+        saved = fastenc.SetFitModel.from_pretrained(tmp_path / str(step))
+        assert np.abs(saved.encode(unseen) - vectors).max() < 1e-6
+    assert np.abs(seen[2] - used.encode(unseen)).max() < 1e-6 < np.abs(seen[0] - seen[2]).max()
+    expected = peer.weights(alone.body)
+    for name, value in peer.weights(used.body).items():
+        assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-7), name
+
+
 def test_datasets_and_columns(folder):
     import datasets
 

@@ -6,6 +6,7 @@ to norm 1, linear warmup and decay. transformers' callbacks are called as its Tr
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -21,6 +22,7 @@ from transformers.trainer_callback import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
 )
@@ -87,6 +89,7 @@ class BodyTraining:
         self.state.num_train_epochs = math.ceil(objective.epochs)
         self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
         self.state.eval_steps = args.eval_steps or args.logging_steps
+        self._guests = [c if isinstance(c, type) else type(c) for c in callbacks]
         self._callbacks = [DefaultFlowCallback, *callbacks]
         if args.show_progress_bar:
             self._callbacks.append(ProgressCallback)
@@ -193,7 +196,12 @@ class BodyTraining:
     # ---- what callbacks ask for ----------------------------------------------------------------
 
     def _event(self, name: str, **given: Any) -> None:
-        if hasattr(self, "handler"):
+        """Call every callback; those of the caller may predict with the model, or save it."""
+        if not hasattr(self, "handler"):
+            return
+        unheard = getattr(TrainerCallback, name)
+        heard = any(getattr(guest, name) is not unheard for guest in self._guests)
+        with self.embeddings.made_whole() if heard else contextlib.nullcontext():
             event = getattr(self.handler, name)
             self.control = event(self.args, self.state, self.control, **given)
 
