@@ -437,6 +437,17 @@ def test_datasets_and_columns(folder):
         fastenc.SetFitTrainer(model_of(folder), args, datasets.DatasetDict({"train": data}))
 
 
+def test_evaluation_is_of_the_models_labels(folder):
+    """Not of numbers where the model says names, which are never equal."""
+    names = {"text": TEXTS, "label": ["good" if i else "bad" for i in LABELS]}
+    named = train(model_of(folder), names, max_steps=1)
+    assert named.evaluate(names, metric_key_prefix="held") == named.evaluate(names)
+    with pytest.raises(ValueError, match=r"like '(good|bad)', got [01]"):
+        named.evaluate(DATA)
+    with pytest.raises(ValueError, match="got 'good'"):
+        train(model_of(folder), max_steps=1).evaluate(names)
+
+
 def test_metrics():
     true, found = np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2])
     assert compute("accuracy", found, true, {}) == {"accuracy": 0.75}
