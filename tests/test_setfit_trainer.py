@@ -297,6 +297,21 @@ def test_distillation_follows_the_teacher(folder):
         fastenc.SetFitDistillationTrainer(teacher, student, args, {"text": TEXTS})
 
 
+def test_a_student_learns_the_teachers_names(folder):
+    names = ["good" if i else "bad" for i in LABELS]
+    teacher = model_of(folder, labels=["bad", "good"])
+    train(teacher, max_steps=2)
+    for given in ({}, {"use_differentiable_head": True}):
+        student = model_of(folder, **given)
+        args = fastenc.SetFitTrainingArguments(max_steps=1, **QUIET)
+        held = {"text": TEXTS, "label": names}
+        trainer = fastenc.SetFitDistillationTrainer(teacher, student, args, {"text": TEXTS}, held)
+        trainer.train()
+        assert student.labels == ["bad", "good"] and set(student.predict(TEXTS)) <= set(names)
+        right = np.mean(np.asarray(student.predict(TEXTS)) == names)
+        assert trainer.evaluate()["accuracy"] == pytest.approx(right)
+
+
 def cosines(model) -> np.ndarray:
     x = np.asarray(model.encode(TEXTS))
     x = x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -377,6 +377,8 @@ class SetFitDistillationTrainer(SetFitTrainer):
             raise ValueError("train: expected a train_dataset")
         texts = column(self.train_dataset, "text")
         labels = self.teacher_model.predict(check_texts(texts), as_numpy=True, use_labels=False)
+        if self.model.labels is None:
+            self.model.labels = getattr(self.teacher_model, "labels", None)
         return check_examples(texts, labels, self.model.multi_target_strategy, None)
 
     def _tokens(self, texts: Sequence[str], args: Any) -> tuple[TokenLists, np.ndarray]:
