@@ -212,7 +212,9 @@ class Encoder:
         if skip:
             skipped = on_device(np.where(lengths > skip, skip, 0), device)
             hidden, lengths = _without_prompt(hidden, lengths, skip)
-        return self._head(pool(hidden, edges_of(lengths, device), self.pooling, skipped))
+        pooled = pool(hidden, edges_of(lengths, device), self.pooling, skipped)
+        weight = next(self._head.parameters(), pooled)
+        return self._head(pooled.to(weight.dtype)).float()
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None:

@@ -362,3 +362,25 @@ def test_setfit_model(tmp_path):
     assert torch.equal(model.predict_proba(TEXTS), scores)
     with pytest.raises(TypeError, match="with a body"):
         fastenc.accelerate(setfit.SetFitModel())
+
+
+def test_what_holds_setfits_models(tmp_path):
+    """A Trainer around a model, and an AbsaModel, which has two."""
+    tiny(tmp_path).save(str(tmp_path / "body"))
+    load = {kind: kind.from_pretrained(str(tmp_path / "body"))
+            for kind in (setfit.SetFitModel, setfit.AspectModel, setfit.PolarityModel)}  # fmt: skip
+    model, *pair = load.values()
+    args = setfit.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    trainer = setfit.Trainer(model, args)
+    both = setfit.AbsaModel(None, *pair)
+    expected = [one.encode(TEXTS) for one in load.values()]
+    assert fastenc.accelerate(trainer) is trainer and fastenc.accelerate(both) is both
+    for one, vectors in zip(load.values(), expected, strict=True):
+        with fastenc.record() as ran:
+            found = one.encode(TEXTS)
+        assert np.abs(found - vectors).max() < 1e-5 and "varlen_attention" in ran.calls
+    with fastenc.record() as ran:
+        fastenc.accelerate(trainer, cuda_graphs=True), fastenc.accelerate(both, cuda_graphs=True)
+        [one.encode(TEXTS) for one in load.values()]
+    assert [why for why in ran.fallbacks if "cuda_graphs" in why]
+    fastenc.restore(trainer), fastenc.restore(both)

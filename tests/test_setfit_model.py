@@ -198,6 +198,32 @@ def test_differentiable_head_learns():
     assert all(p.requires_grad for p in ours.body.parameters())
 
 
+def test_a_head_is_fitted_again_with_its_parameters(folder, tmp_path):
+    """Class weights by number, NumPy's numbers and labels survive a reload."""
+    given = {"class_weight": {0: np.float64(1.0), np.int64(1): 50.0}, "C": np.float64(0.5)}
+    model = SetFitModel.from_pretrained(folder, head_params=given, labels=np.array([3, 4]))
+    x, y = model.encode(TEXTS), np.arange(len(TEXTS)) % 3 == 0
+    model.fit_head(x, y.astype(int))
+    model.save_pretrained(tmp_path)
+    again = SetFitModel.from_pretrained(tmp_path)
+    assert again.labels == [3, 4]
+    assert again.head.params == {"class_weight": {0: 1.0, 1: 50.0}, "C": 0.5}
+    again.fit_head(x, y.astype(int))
+    assert np.array_equal(again.predict_proba(TEXTS), model.predict_proba(TEXTS))
+
+
+def test_parameters_of_a_differentiable_head(folder):
+    """setfit's own, of which the body decides some."""
+    given = {"in_features": 7, "device": "cpu", "out_features": 3, "temperature": 2.0}
+    model = SetFitModel.from_pretrained(folder, use_differentiable_head=True, head_params=given)
+    head = model.head
+    assert (head.in_features, head.out_features, head.temperature) == (32, 3, 2.0)
+    with pytest.raises(ValueError, match="has no some-other"):
+        SetFitModel.from_pretrained(
+            folder, use_differentiable_head=True, multi_target_strategy="some-other"
+        )
+
+
 def test_newer_pickle_wins(folder, tmp_path):
     """setfit saved over fastenc's export: fastenc's head files are of an older head."""
     ours = SetFitModel.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 
 import fastenc
 from bench import setfit_peer as peer
+from fastenc.train import _setfit_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None, "logging_steps": 1,
           "body_learning_rate": 1e-3, "l2_weight": 0.3, **QUIET}  # fmt: skip
@@ -79,6 +81,61 @@ def test_a_stopped_run_counts_its_patience_on(folder, tmp_path):  # noqa: F811
     second = trainer_of(folder, tmp_path / "parts", evaluated=DATA, **given)
     second.train_embeddings(resume_from_checkpoint=True)
     assert second.state.global_step == whole.state.global_step
+
+
+def test_a_checkpoint_cut_short_is_passed_over(folder, tmp_path, monkeypatch):  # noqa: F811
+    """The run stops while it writes, and goes on from the checkpoint before."""
+    save, made = _setfit_checkpoint.save_file, []
+
+    def full_disk(tensors, path):
+        made.append(path)
+        if len(made) == 2:
+            path.write_bytes(b"half")
+            raise OSError("no space left")
+        save(tensors, path)
+
+    given = {"save_steps": 1, "block_steps": 4}
+    whole = trainer_of(folder, tmp_path / "whole", **given)
+    whole.train_embeddings()
+    monkeypatch.setattr(_setfit_checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        trainer_of(folder, tmp_path / "cut", **given).train_embeddings()
+    monkeypatch.undo()
+    assert (tmp_path / "cut" / "checkpoint-2" / "model.safetensors").is_file()
+    again = trainer_of(folder, tmp_path / "cut", **given)
+    again.train_embeddings(resume_from_checkpoint=True)
+    expected = peer.weights(whole.model.body)
+    assert all(torch.equal(v, expected[k]) for k, v in peer.weights(again.model.body).items())
+    assert not list((tmp_path / "cut").rglob(".*"))
+
+
+def test_only_checkpoints_are_pruned(folder, tmp_path):  # noqa: F811
+    """What merely begins with the same word is somebody's own, however old."""
+    own = tmp_path / "checkpoint-best", tmp_path / "checkpoint-notes.txt"
+    own[0].mkdir()
+    own[1].write_text("mine")
+    for path in own:
+        os.utime(path, (1, 1))
+    trainer_of(folder, tmp_path, save_steps=1, block_steps=3, save_total_limit=1).train_embeddings()
+    names = ["checkpoint-3", "checkpoint-best", "checkpoint-notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_the_generator_is_that_of_the_gpu_that_trains(folder, tmp_path, monkeypatch):  # noqa: F811
+    gpu, put_back = torch.device("cuda", 1), []
+
+    def state_of(device="current"):
+        return torch.tensor([getattr(device, "index", 0)], dtype=torch.uint8)
+
+    def put(state, device="current"):
+        put_back.append((state.tolist(), device))
+
+    monkeypatch.setattr(_setfit_checkpoint, "_device", lambda optimizer: gpu, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", state_of)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
+    trainer_of(folder, tmp_path, block_steps=3).train_embeddings()
+    trainer_of(folder, tmp_path, block_steps=3).train_embeddings(resume_from_checkpoint=True)
+    assert put_back == [([1], gpu)]
 
 
 def test_checkpoints_that_do_not_fit(folder, tmp_path):  # noqa: F811

@@ -221,6 +221,28 @@ def test_accumulation(folder):
 # ---- the head ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [
+    {"pairing": "exact", "sampling_strategy": "unique", "max_steps": 5,
+     "gradient_accumulation_steps": 4},
+    {"max_steps": 1, "block_size": 4},
+])  # fmt: skip
+def test_max_steps_are_the_most(folder, given):
+    """Whole epochs whose last step has fewer batches; blocks of fewer pairs than a batch."""
+    assert train(model_of(folder), **given).state.global_step == given["max_steps"]
+
+
+def test_accumulation_leaves_evaluation_alone(folder):
+    def evaluated(batches):
+        args = fastenc.SetFitTrainingArguments(
+            pairing="exact", eval_strategy="steps", eval_max_steps=1, batch_size=4,
+            gradient_accumulation_steps=batches, **QUIET,
+        )  # fmt: skip
+        return fastenc.SetFitTrainer(model, args, DATA, DATA)._evaluator(args)()
+
+    model = model_of(folder)
+    assert evaluated(4) == evaluated(1)
+
+
 def test_a_differentiable_head_encodes_once(folder, monkeypatch):
     model = model_of(folder, use_differentiable_head=True, head_params={"out_features": 2})
     calls = []
@@ -275,6 +297,21 @@ def test_distillation_follows_the_teacher(folder):
         fastenc.SetFitDistillationTrainer(teacher, student, args, {"text": TEXTS})
 
 
+def test_a_student_learns_the_teachers_names(folder):
+    names = ["good" if i else "bad" for i in LABELS]
+    teacher = model_of(folder, labels=["bad", "good"])
+    train(teacher, max_steps=2)
+    for given in ({}, {"use_differentiable_head": True}):
+        student = model_of(folder, **given)
+        args = fastenc.SetFitTrainingArguments(max_steps=1, **QUIET)
+        held = {"text": TEXTS, "label": names}
+        trainer = fastenc.SetFitDistillationTrainer(teacher, student, args, {"text": TEXTS}, held)
+        trainer.train()
+        assert student.labels == ["bad", "good"] and set(student.predict(TEXTS)) <= set(names)
+        right = np.mean(np.asarray(student.predict(TEXTS)) == names)
+        assert trainer.evaluate()["accuracy"] == pytest.approx(right)
+
+
 def cosines(model) -> np.ndarray:
     x = np.asarray(model.encode(TEXTS))
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -320,6 +357,20 @@ def test_evaluation_checkpoints_and_the_best(folder, tmp_path):
     assert all(torch.equal(v, saved[k]) for k, v in model.body.state_dict().items())
 
 
+@pytest.mark.parametrize("delay, best", [(0, None), (2, "checkpoint-2")])
+def test_the_best_step_need_not_be_saved(folder, tmp_path, delay, best):
+    """All steps are as good, so that the first to be evaluated is the best."""
+    args = fastenc.SetFitTrainingArguments(
+        eval_strategy="steps", eval_steps=1, eval_delay=delay, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, body_learning_rate=0.0, block_steps=4,
+        output_dir=str(tmp_path), **QUIET,
+    )  # fmt: skip
+    trainer = fastenc.SetFitTrainer(model_of(folder), args, DATA, DATA)
+    trainer.train_embeddings()
+    found = trainer.state.best_model_checkpoint
+    assert found == (None if best is None else str(tmp_path / best))
+
+
 def test_evaluation_sees_the_weights_of_its_step(folder, tmp_path):
     """Also after the model has predicted before training, with copies of its weights."""
     model = model_of(folder)
@@ -358,6 +409,29 @@ def test_early_stopping_and_callbacks(folder):
     assert trainer.state.global_step == Seen.steps == 3  # the first is the best, two are no better
 
 
+def test_callbacks_find_the_model_whole(folder, tmp_path):
+    """They predict texts that training never sees, and save what can be read."""
+    unseen, seen = ["zebras, quite unseen"], []
+
+    class Uses(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append(model.encode(unseen))
+            model.save_pretrained(tmp_path / str(state.global_step))
+
+    given = {"block_steps": 3, "body_learning_rate": 1e-2, "l2_weight": 0.5}
+    alone, used = model_of(folder), model_of(folder)
+    train(alone, **given)
+    args = fastenc.SetFitTrainingArguments(**QUIET, **given)
+    fastenc.SetFitTrainer(used, args, DATA, callbacks=[Uses()]).train()
+    for step, vectors in enumerate(seen, 1):
+        saved = fastenc.SetFitModel.from_pretrained(tmp_path / str(step))
+        assert np.abs(saved.encode(unseen) - vectors).max() < 1e-6
+    assert np.abs(seen[2] - used.encode(unseen)).max() < 1e-6 < np.abs(seen[0] - seen[2]).max()
+    expected = peer.weights(alone.body)
+    for name, value in peer.weights(used.body).items():
+        assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-7), name
+
+
 def test_datasets_and_columns(folder):
     import datasets
 
@@ -376,6 +450,17 @@ def test_datasets_and_columns(folder):
         fastenc.SetFitTrainer(model_of(folder), args, {"sentence": TEXTS})
     with pytest.raises(ValueError, match="one split"):
         fastenc.SetFitTrainer(model_of(folder), args, datasets.DatasetDict({"train": data}))
+
+
+def test_evaluation_is_of_the_models_labels(folder):
+    """Not of numbers where the model says names, which are never equal."""
+    names = {"text": TEXTS, "label": ["good" if i else "bad" for i in LABELS]}
+    named = train(model_of(folder), names, max_steps=1)
+    assert named.evaluate(names, metric_key_prefix="held") == named.evaluate(names)
+    with pytest.raises(ValueError, match=r"like '(good|bad)', got [01]"):
+        named.evaluate(DATA)
+    with pytest.raises(ValueError, match="got 'good'"):
+        train(model_of(folder), max_steps=1).evaluate(names)
 
 
 def test_metrics():

@@ -36,7 +36,7 @@ def accelerate(obj: T, *, prepack: bool = False, cuda_graphs: bool = False) -> T
     Args:
         obj: a transformers model, or any module that contains one; a SentenceTransformer or
             CrossEncoder, whose ``encode`` and ``predict`` then also make batches by tokens; a
-            setfit.SetFitModel; a pipeline or Trainer around one of them.
+            setfit.SetFitModel or AbsaModel; a pipeline or Trainer around one of them.
         prepack: also keep the weights of its linear layers in oneDNN's layout where the CPU takes
             its product (:func:`fastenc.nn.prepack`: bf16; fp32 on Intel's processors): faster
             without gradients, at the memory of those weights once more.
@@ -71,24 +71,30 @@ def restore(obj: T) -> T:
 
 
 def _use_cuda_graphs(obj: object, on: bool) -> None:
-    """Of every packed model in ``obj``: a module, or an object that holds modules."""
+    """Of every packed model in ``obj``: a module, or an object that holds modules or bodies."""
     owners = [obj] if isinstance(obj, nn.Module) else vars(obj).values()
     for owner in owners:
+        owner = getattr(owner, "model_body", owner)
         for module in owner.modules() if isinstance(owner, nn.Module) else ():
             if hasattr(module, "use_cuda_graphs"):
                 module.use_cuda_graphs(on)
 
 
 def _model_of(obj: object) -> object:
-    """The module that a pipeline or Trainer runs; other objects as they are."""
+    """What a pipeline or Trainer runs, a module or a model of setfit's; others as they are."""
     model = getattr(obj, "model", None)
-    return model if isinstance(model, nn.Module) and not isinstance(obj, nn.Module) else obj
+    known = isinstance(model, nn.Module) or "setfit" in _packages(model)
+    return model if known and not isinstance(obj, nn.Module) else obj
+
+
+def _packages(obj: object) -> list[str]:
+    """Where the class of ``obj`` and its bases come from."""
+    return [cls.__module__.partition(".")[0] for cls in type(obj).__mro__]
 
 
 def _handler(obj: object) -> ModuleType:
     is_module = isinstance(obj, nn.Module)
-    for cls in type(obj).__mro__:
-        package = cls.__module__.partition(".")[0]
+    for package in _packages(obj):
         if package in _HANDLERS and (is_module or package == "setfit"):
             return importlib.import_module(_HANDLERS[package])
     if is_module:

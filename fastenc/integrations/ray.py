@@ -33,6 +33,7 @@ class Embed:
 
     Raises:
         KeyError: a batch has no such column; the message lists what it has.
+        TypeError: a text is missing, or no string.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Embed:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.column not in batch:
             raise KeyError(f"column {self.column!r}: the batch has {', '.join(sorted(batch))}")
-        texts = [str(text) for text in batch[self.column]]
+        texts = [str(x) if isinstance(x, str) else x for x in batch[self.column]]
         return {**batch, self.output: self.encoder.encode(texts, show_progress=False)}
 
 

@@ -1,4 +1,4 @@
-"""setfit: a live SetFitModel's body is taken over; its head, labels and files stay its own."""
+"""setfit: the bodies of live models are taken over; heads, labels and files stay their own."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from fastenc.integrations import sentence_transformers
 
 
 def accelerate(obj: Any, prepack: bool = False) -> Any:
-    """Take over ``obj.model_body``: predict, predict_proba, encode and training run packed."""
-    sentence_transformers.accelerate(_body(obj), prepack)
+    """Take over every ``model_body``: predict, predict_proba, encode and training run packed."""
+    for body in _bodies(obj):
+        sentence_transformers.accelerate(body, prepack)
     return obj
 
 
 def restore(obj: Any) -> Any:
     """Undo :func:`accelerate`."""
-    sentence_transformers.restore(_body(obj))
+    for body in _bodies(obj):
+        sentence_transformers.restore(body)
     return obj
 
 
-def _body(obj: Any) -> Any:
-    body = getattr(obj, "model_body", None)
-    if body is None:
+def _bodies(obj: Any) -> list[Any]:
+    """A SetFitModel's body; of an AbsaModel, those of its two models."""
+    models = [obj.aspect_model, obj.polarity_model] if hasattr(obj, "aspect_model") else [obj]
+    bodies = [getattr(model, "model_body", None) for model in models]
+    if None in bodies:
         raise TypeError(
             f"accelerate: expected a setfit.SetFitModel with a body, got "
             f"{type(obj).__module__}.{type(obj).__qualname__}"
         )
-    return body
+    return bodies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -169,10 +170,21 @@ class EntityApi:
         )  # fmt: skip
 
     def predict_with_embeds(
-        self, text: str, labels_embeddings: Tensor, labels: Sequence[str], **options: Any
+        self,
+        text: str,
+        labels_embeddings: Tensor,
+        labels: Sequence[str],
+        flat_ner: bool = True,
+        threshold: float = 0.5,
+        multi_label: bool = False,
+        return_class_probs: bool = False,
+        **options: Any,
     ) -> Entities:
-        """:meth:`batch_predict_with_embeds` of one text."""
-        return self.batch_predict_with_embeds([text], labels_embeddings, labels, **options)[0]
+        """:meth:`predict_entities` with labels that :meth:`encode_labels` has embedded."""
+        return self.predict_entities(
+            text, labels, flat_ner, threshold, multi_label, return_class_probs,
+            labels_embeds=labels_embeddings, **options,
+        )  # fmt: skip
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -251,7 +263,7 @@ def _max_tokens(tokenizer: Any, config: Any) -> int | None:
 
 
 def _probability(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"threshold: expected a float, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"threshold: expected a probability in [0, 1], got {value}")
@@ -259,8 +271,8 @@ def _probability(value: Any) -> float:
 
 
 def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
+    return int(value)

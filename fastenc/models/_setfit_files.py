@@ -156,13 +156,14 @@ def new_head(
     params = dict(params or {})
     if not differentiable:
         return LinearHead(strategy, **params)
-    if strategy == "classifier-chain":
-        raise ValueError("multi_target_strategy: a differentiable head has no classifier-chain")
+    if strategy not in (None, "one-vs-rest", "multi-output"):
+        raise ValueError(f"multi_target_strategy: a differentiable head has no {strategy}")
     if strategy is not None:
         params["multitarget"] = True
     if labels is not None:
         params.setdefault("out_features", len(labels))
-    return DifferentiableHead(width, **params)
+    params.pop("device", None)  # the body's, as in setfit
+    return DifferentiableHead(**params | {"in_features": width})
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -169,14 +169,14 @@ class LinearHead:
             "multilabel": self.multilabel,
             "classes": self.classes.tolist(),
             "part_classes": classes,
-            "params": {k: v for k, v in self.params.items() if _plain(v)},
+            "params": _plain(self.params),
         }
         return arrays, settings
 
     @classmethod
     def from_state(cls, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> LinearHead:
         """Raises KeyError or ValueError where the two do not fit together."""
-        head = cls(settings["strategy"], **settings.get("params", {}))
+        head = cls(settings["strategy"], **_given(settings.get("params", {})))
         head.multilabel = bool(settings["multilabel"])
         head.classes = np.asarray(settings["classes"])
         head.parts = tuple(
@@ -193,10 +193,27 @@ class LinearHead:
         return head
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _plain(v) for k, v in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))
+def _plain(params: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can say of ``params``: class weights by integer class as a list of pairs."""
+    plain = {}
+    for name, value in params.items():
+        if name == "class_weight" and isinstance(value, dict):
+            value = [[_scalar(x) for x in pair] for pair in value.items()]
+        value = _scalar(value)
+        if value is None or isinstance(value, (bool, int, float, str, list)):
+            plain[name] = value
+    return plain
+
+
+def _given(plain: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`_plain`."""
+    weights = plain.get("class_weight")
+    return plain | {"class_weight": dict(weights)} if isinstance(weights, list) else plain
+
+
+def _scalar(value: Any) -> Any:
+    """A NumPy number as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class DifferentiableHead(nn.Module):

@@ -28,6 +28,8 @@ from fastenc.nn._modules import evaluating
 FEW = 16
 """Up to this many texts are one batch run on the spot: no sorting, no thread, no progress bar."""
 FEW_CHARACTERS = 8192
+_PARTS = frozenset({"model", "head", "pooling", "tokenizer", "prompts", "default_prompt"})
+"""Attributes that what is kept between calls is made of."""
 
 
 class SentenceBody(nn.Module):
@@ -100,6 +102,11 @@ class SentenceBody(nn.Module):
             raise ValueError(f"max_seq_length: expected at least 1, got {value}")
         self._max_seq_length = value
         self._made.clear()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _PARTS:
+            self.__dict__.get("_made", {}).clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_made": {}}

@@ -49,7 +49,9 @@ class SetFitModel:
         normalize_embeddings: bool = False,
     ):
         self.body, self.head = body, head
-        self.labels = None if labels is None else list(labels)
+        self.labels = labels
+        if labels is not None:  # NumPy's numbers as Python's, for the JSON file
+            self.labels = [x.item() if isinstance(x, np.generic) else x for x in labels]
         self.multi_target_strategy = multi_target_strategy
         self.normalize_embeddings = normalize_embeddings
         check_width(body.dimension, head.in_features)

@@ -6,6 +6,7 @@ to norm 1, linear warmup and decay. transformers' callbacks are called as its Tr
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -21,10 +22,10 @@ from transformers.trainer_callback import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
 )
-from transformers.trainer_utils import IntervalStrategy
 
 from fastenc.nn import VarlenBatch
 from fastenc.train import _processes
@@ -78,6 +79,8 @@ class BodyTraining:
         whole_epochs = objective.epochs == int(objective.epochs)
         if whole_epochs:
             steps = self._steps_per_epoch * int(objective.epochs)
+        if args.max_steps > 0:
+            steps = min(steps, args.max_steps)
         self._resume = resume
         if resume is not None:
             self.state = checkpoint.read_state(resume, steps)
@@ -86,6 +89,7 @@ class BodyTraining:
         self.state.num_train_epochs = math.ceil(objective.epochs)
         self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
         self.state.eval_steps = args.eval_steps or args.logging_steps
+        self._guests = [c if isinstance(c, type) else type(c) for c in callbacks]
         self._callbacks = [DefaultFlowCallback, *callbacks]
         if args.show_progress_bar:
             self._callbacks.append(ProgressCallback)
@@ -192,7 +196,12 @@ class BodyTraining:
     # ---- what callbacks ask for ----------------------------------------------------------------
 
     def _event(self, name: str, **given: Any) -> None:
-        if hasattr(self, "handler"):
+        """Call every callback; those of the caller may predict with the model, or save it."""
+        if not hasattr(self, "handler"):
+            return
+        unheard = getattr(TrainerCallback, name)
+        heard = any(getattr(guest, name) is not unheard for guest in self._guests)
+        with self.embeddings.made_whole() if heard else contextlib.nullcontext():
             event = getattr(self.handler, name)
             self.control = event(self.args, self.state, self.control, **given)
 
@@ -225,21 +234,19 @@ class BodyTraining:
         if best is None or (value > best if better else value < best):
             self.state.best_metric = value
             self.state.best_global_step = self.state.global_step
-            if self.args.save_strategy != IntervalStrategy.NO:
-                self.state.best_model_checkpoint = str(self._folder())
 
     def _folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save(self) -> None:
         """A folder that sentence-transformers reads and training goes on from."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._folder())
         if not self.state.is_world_process_zero:
             return
         folder = self._folder()
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with self.embeddings.made_whole():
-            self.body.save(folder)
-        checkpoint.save(folder, self.state, self.optimizer, self.handler.callbacks)
+            checkpoint.save(folder, self.body, self.state, self.optimizer, self.handler.callbacks)
         kept = (self.state.best_model_checkpoint, folder)
         checkpoint.prune(folder.parent, self.args.save_total_limit, kept)
         self._event("on_save")

@@ -7,21 +7,24 @@ TrainerState) and training.safetensors (AdamW's moments, torch's generators). No
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 STATE, MOMENTS = "trainer_state.json", "training.safetensors"
+"""The state is written last: a folder that has it is whole."""
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def find(resume: bool | str | os.PathLike | None, output_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint meant: a folder, the last one of ``output_dir`` (True), or none.
+    """The checkpoint meant: a folder, the last whole one of ``output_dir`` (True), or none.
 
     Raises:
         ValueError: there is none, or it has nothing to go on from.
@@ -29,15 +32,25 @@ def find(resume: bool | str | os.PathLike | None, output_dir: str | os.PathLike)
     if resume is None or resume is False:
         return None
     if resume is True:
-        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if found is None:
+        whole = [path for _, path in sorted(_numbered(Path(output_dir))) if not _missing(path)]
+        if not whole:
             raise ValueError(f"resume_from_checkpoint: no checkpoint in {output_dir}")
-        resume = found
+        return whole[-1]
     folder = Path(resume)
-    missing = [name for name in (STATE, MOMENTS) if not (folder / name).is_file()]
-    if missing:
+    if missing := _missing(folder):
         raise ValueError(f"resume_from_checkpoint: {folder} has no {' and no '.join(missing)}")
     return folder
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in (STATE, MOMENTS) if not (folder / name).is_file()]
+
+
+def _numbered(parent: Path) -> Iterator[tuple[int, Path]]:
+    """(step, folder) of the checkpoints in ``parent``; other names that begin so are not ours."""
+    for path in parent.glob("checkpoint-*"):
+        if path.is_dir() and (match := _NAME.fullmatch(path.name)):
+            yield int(match[1]), path
 
 
 def read_state(folder: Path, steps: int) -> TrainerState:
@@ -56,20 +69,36 @@ def read_state(folder: Path, steps: int) -> TrainerState:
 
 
 def save(
-    folder: Path, state: TrainerState, optimizer: torch.optim.Optimizer, callbacks: list[Any]
+    folder: Path,
+    body: nn.Module,
+    state: TrainerState,
+    optimizer: torch.optim.Optimizer,
+    callbacks: list[Any],
 ) -> None:
-    """Write what is not the model's into ``folder``."""
+    """Write ``body`` and what goes with it into ``folder``."""
+    (folder / STATE).unlink(missing_ok=True)
+    body.save(folder)
     state.stateful_callbacks = {
         type(c).__name__: c.state() for c in callbacks if isinstance(c, ExportableState)
     }
-    state.save_to_json(str(folder / STATE))
     tensors = {
         f"{i}.{name}": value.contiguous()
         for i, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    tensors |= {f"generator.{kind}": value for kind, value in _generators().items()}
-    save_file(tensors, folder / MOMENTS)
+    tensors |= {f"generator.{kind}": value for kind, value in _generators(optimizer).items()}
+    _write(folder / MOMENTS, lambda path: save_file(tensors, path))
+    _write(folder / STATE, lambda path: state.save_to_json(str(path)))
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Under a temporary name first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(
@@ -100,22 +129,28 @@ def load(
             for name, value in saved["attributes"].items():
                 setattr(callback, name, value)
     torch.set_rng_state(generators["generator.cpu"])
-    if torch.cuda.is_available() and "generator.cuda" in generators:
-        torch.cuda.set_rng_state(generators["generator.cuda"])
+    device = _device(optimizer)
+    if device.type == "cuda" and "generator.cuda" in generators:
+        torch.cuda.set_rng_state(generators["generator.cuda"], device)
 
 
-def _generators() -> dict[str, Tensor]:
-    found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state()
+def _generators(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """States of the CPU's generator, and of that of the GPU that trains, current or not."""
+    found, device = {"cpu": torch.get_rng_state()}, _device(optimizer)
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
     return found
+
+
+def _device(optimizer: torch.optim.Optimizer) -> torch.device:
+    return next(p.device for group in optimizer.param_groups for p in group["params"])
 
 
 def prune(parent: Path, limit: int | None, kept: tuple[str | Path | None, ...]) -> None:
     """Remove the oldest checkpoints beyond ``limit``, but those ``kept``."""
     if limit is None or limit <= 0:
         return
-    found = sorted(parent.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+    found = sorted((path for _, path in _numbered(parent)), key=lambda p: p.stat().st_mtime)
     old = [p for p in found if str(p) not in map(str, kept)]
     for path in old[: max(0, len(found) - limit)]:
         shutil.rmtree(path)

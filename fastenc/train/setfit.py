@@ -215,7 +215,7 @@ class SetFitTrainer:
             labels = np.asarray(column(self.eval_dataset, "label"))
         tokens, rows = self._tokens(texts, args)
         examples = self._stage_1(tokens, rows, labels, args)
-        update = {"max_steps": args.eval_max_steps}
+        update = {"max_steps": args.eval_max_steps, "gradient_accumulation_steps": 1}
         goal = objective(examples, args.update(update))
 
         def loss() -> float:
@@ -308,11 +308,14 @@ class SetFitTrainer:
 
     # ---- evaluation ----------------------------------------------------------------------------
 
-    def evaluate(self, dataset: Any = None) -> dict[str, Any]:
+    def evaluate(self, dataset: Any = None, metric_key_prefix: str = "test") -> dict[str, Any]:
         """The metric on a dataset, by default the evaluation dataset: {name: value}.
 
+        ``metric_key_prefix`` is setfit's, of the names in its model card: those of the result have
+        none there either.
+
         Raises:
-            ValueError: there is no dataset.
+            ValueError: there is no dataset, or its labels are not of the model's kind.
         """
         data = self.eval_dataset
         if dataset is not None:
@@ -322,8 +325,13 @@ class SetFitTrainer:
         true = np.asarray(column(data, "label"))
         found = self.model.predict(column(data, "text"), as_numpy=True, use_labels=False)
         found = np.asarray(found)
-        if true.dtype.kind == "U" and found.dtype.kind != "U":
+        if true.dtype.kind == "U" and found.dtype.kind != "U" and self.model.labels is not None:
             found = np.asarray(self.model.labels)[found]
+        if len(true) and (true.dtype.kind == "U") != (found.dtype.kind == "U"):
+            raise ValueError(
+                f"evaluate: expected labels as the model predicts them, like "
+                f"{found[0].tolist()!r}, got {true[0].tolist()!r}"
+            )
         if true.dtype.kind == "U":
             names = np.unique(np.concatenate([true, found]))
             true, found = np.searchsorted(names, true), np.searchsorted(names, found)
@@ -369,6 +377,8 @@ class SetFitDistillationTrainer(SetFitTrainer):
             raise ValueError("train: expected a train_dataset")
         texts = column(self.train_dataset, "text")
         labels = self.teacher_model.predict(check_texts(texts), as_numpy=True, use_labels=False)
+        if self.model.labels is None:
+            self.model.labels = getattr(self.teacher_model, "labels", None)
         return check_examples(texts, labels, self.model.multi_target_strategy, None)
 
     def _tokens(self, texts: Sequence[str], args: Any) -> tuple[TokenLists, np.ndarray]:
