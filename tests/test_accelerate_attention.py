@@ -133,10 +133,29 @@ def test_refusals():
             encoder, q, q, q, torch.ones(2, 1, 5, 5)
         ),
         "5 queries and 7 keys": lambda: packed_mask(2, 5, 7),
+        "without a cache": lambda: packed_mask(2, 5, 5, q_offset=3),
+        "does not serve causal": lambda: packed_attention(encoder, q, q, q, mask, is_causal=True),
         "custom mask functions": lambda: packed_mask(2, 5, 5, use_vmap=True),
     }.items():
         with pytest.raises(NotImplementedError, match=message):
             call()
+    assert packed_attention(decoder, q, q, q, mask, is_causal=False)[0].shape == (2, 5, 4, 8)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_positions_that_change_or_serve_other_rows_are_read_again(mode):
+    """One tensor of positions for any number of rows, written to between calls."""
+    ours, reference = pair("Bert")
+    with mode():
+        positions = torch.zeros(1, 8, dtype=torch.int64)
+        for cut in (4, 5, 2):
+            positions.copy_(torch.arange(8) - (torch.arange(8) >= cut) * cut)
+            for rows in (1, 3, 2):
+                ids = torch.randint(3, 99, (rows, 8))
+                found = ours(ids, position_ids=positions).last_hidden_state
+                parts = [reference(ids[:, :cut]), reference(ids[:, cut:])]
+                expected = torch.cat([part.last_hidden_state for part in parts], 1)
+                torch.testing.assert_close(found, expected)
 
 
 def test_grouped_heads_and_a_window_in_the_mask_only():
@@ -149,3 +168,26 @@ def test_grouped_heads_and_a_window_in_the_mask_only():
         q, k, v, attn_mask=near, enable_gqa=True
     )
     torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("holes", [False, True])
+def test_scaling_and_dropout(window, holes):
+    """What transformers passes reaches every way through attention."""
+    encoder = torch.nn.Module()
+    encoder.is_causal = False
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 4] = mask[1, 8] = not holes
+    packed = packed_mask(2, 9, 9, attention_mask=mask)
+    given = {"scaling": 0.9, "sliding_window": window}
+    out, _ = packed_attention(encoder, q, k, v, packed, **given)
+    far = (torch.arange(9).view(-1, 1) - torch.arange(9)).abs()
+    seen = mask[:, None, None] & (far < (window or 9))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.9)
+    torch.testing.assert_close(out[mask], expected.transpose(1, 2)[mask])
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(packed_attention(encoder, q, k, v, packed, dropout=0.5, **given)[0])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

@@ -205,6 +205,49 @@ def test_masked_lm_decodes_real_tokens_only(name):
     torch.testing.assert_close(positional[key], full[key])
 
 
+def test_the_label_that_sparse_prediction_leaves_out():
+    options = {"sparse_prediction": True, "sparse_pred_ignore_index": -1}
+    reference = model_of("ModernBertForMaskedLM", **options)
+    inputs = inputs_of("ModernBertForMaskedLM")
+    inputs["labels"] = torch.where(inputs["labels"] == -100, -1, inputs["labels"])
+    del inputs["attention_mask"]
+    actual, expected = fastenc.accelerate(copy.deepcopy(reference))(**inputs), reference(**inputs)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss)
+
+
+@pytest.mark.parametrize("name", MASKED_LM)
+def test_masked_lm_over_a_base_that_falls_back(name):
+    """Real tokens are found in transformers' own hidden states; padding holds zeros."""
+    reference, inputs = model_of(name), inputs_of(name, "left")
+    accelerated = fastenc.accelerate(copy.deepcopy(reference))
+    if name.endswith("PreTraining"):  # its pooler reads the first real token
+        del inputs["next_sentence_label"]
+    key = "prediction_logits" if name.endswith("PreTraining") else "logits"
+    accelerated.base_model.embeddings.register_forward_hook(lambda *args: None)
+    with fastenc.record() as ran:
+        actual = accelerated(**inputs)
+    expected, real = reference(**inputs), inputs["attention_mask"] == 1
+    assert len(ran.fallbacks) == 1
+    torch.testing.assert_close(actual[key][real], expected[key][real])
+    assert (actual[key][~real] == 0).all()
+    if expected.loss is not None:
+        torch.testing.assert_close(actual.loss, expected.loss)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "DebertaV2ForSequenceClassification"])
+def test_a_head_over_a_base_that_stays_transformers(name):
+    reference = model_of(name)
+    accelerated = copy.deepcopy(reference)
+    accelerated.base_model.forward = accelerated.base_model.forward
+    fastenc.accelerate(accelerated)
+    assert type(accelerated.base_model).__module__.startswith("transformers.")
+    inputs = inputs_of(name)
+    actual, expected = (real_outputs(model, inputs) for model in (accelerated, reference))
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key])
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(
     "name",

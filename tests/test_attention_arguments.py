@@ -79,6 +79,7 @@ def _misuse():
     yield "window", good, {"window_size": (-2, 0)}, ValueError, "window_size"
     yield "one window", good, {"window_size": 3}, TypeError, "window_size"
     yield "dropout of 1", good, {"dropout_p": 1.0}, ValueError, "dropout_p"
+    yield "dropout of nan", good, {"dropout_p": float("nan")}, ValueError, "dropout_p"
     yield "longest too small", (q, k, v, cu_seqlens, 4), {}, ValueError, "max_seqlen"
     yield "odd buckets", good, {"rel_bias": torch.zeros(2, 31)}, ValueError, "rel_bias"
     few, whole = torch.zeros(1, 32), torch.zeros(2, 32, dtype=torch.int64)
@@ -165,3 +166,14 @@ def test_autocast_takes_the_tables_along():
     low = (x.bfloat16() for x in (qkv, cos, sin))
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, fastenc.rope_varlen_attention(*low, cu, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_statistics_have_the_dtype_that_the_fake_says(dtype):
+    for op, args in (("varlen_attention", _raw()), ("rope_varlen_attention", _rope_raw())):
+        forward = getattr(torch.ops.fastenc_reference, f"{op}_fwd")
+        tensors = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                   for x in args]  # fmt: skip
+        without = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in tensors]
+        for found, said in zip(forward(*tensors), forward(*without), strict=True):
+            assert found.dtype == said.dtype and found.shape == said.shape, op

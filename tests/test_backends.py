@@ -12,6 +12,7 @@ import torch
 
 import fastenc
 from fastenc import testing
+from fastenc.ops import _checks, _registry
 
 OPS = (
     "add_layer_norm", "disentangled_attention", "geglu", "rope", "rope_varlen_attention",
@@ -83,6 +84,54 @@ def test_backend_from_the_environment():
     assert done.stdout.strip() == "{'geglu': {'reference': 1}}", done.stderr
 
 
+def test_a_choice_ends_where_it_was_made():
+    with fastenc.use_backend("reference"):
+        with pytest.raises(KeyError), fastenc.use_backend("cpu"):
+            raise KeyError
+        with fastenc.record() as ran:
+            fastenc.geglu(torch.randn(2, 4))
+    assert ran.calls == {"geglu": {"reference": 1}}
+
+
+@pytest.mark.parametrize(("backend", "device", "words"), [
+    ("cpu", "meta", "it serves CPU tensors, got meta"),
+    ("cuda", "cpu", "it serves CUDA tensors, got cpu"),
+    ("triton", "cpu", "only under TRITON_INTERPRET=1"),
+])  # fmt: skip
+def test_a_backend_that_is_there_refuses_other_devices(backend, device, words, monkeypatch):
+    monkeypatch.setattr(_registry, "unavailable", lambda name, backend: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fastenc.use_backend(backend), pytest.raises(NotImplementedError, match=words):
+        fastenc.geglu(torch.ones(2, 4, device=device))
+
+
+def test_debug_checks_read_device_memory_until_they_end():
+    """The meta device stands in for a GPU: to read its contents is an error."""
+    cu = torch.zeros(3, dtype=torch.int32, device="meta")
+
+    def call():
+        fastenc.segment_pool(torch.zeros(5, 4, device="meta"), cu)
+
+    call()
+    with fastenc.debug_checks():
+        with fastenc.debug_checks(False):
+            call()
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            call()
+        assert _checks.readable(cu)
+    assert not _checks.readable(cu)
+    call()
+
+
+def test_tensors_without_contents_are_not_read():
+    with torch._subclasses.FakeTensorMode():
+        x, cu = torch.randn(8, 2, 4), torch.zeros(3, dtype=torch.int32)
+        assert fastenc.segment_pool(x[:, 0], cu).shape == (2, 4)
+        assert fastenc.varlen_attention(x, x, x, cu, 8).shape == (8, 2, 4)
+        positions = torch.zeros(8, dtype=torch.int64)
+        assert fastenc.rope(x, torch.ones(9, 2), torch.ones(9, 2), positions).shape == (8, 2, 4)
+
+
 def test_the_choice_is_the_threads_own():
     def other():
         with fastenc.record() as ran:
@@ -106,6 +155,21 @@ def test_records_nest_and_end():
             fastenc.geglu(torch.randn(2, 4))
     fastenc.geglu(torch.randn(2, 4))
     assert inner.calls == {"geglu": {"cpu": 1}} and outer.calls == {"geglu": {"cpu": 2}}
+
+
+def test_fallbacks_reach_every_open_record_and_the_log_once(caplog):
+    with fastenc.record() as outer:
+        with fastenc.record() as inner:
+            _registry.note_fallback("the first reason of this test")
+        _registry.note_fallback("another reason of this test")
+        _registry.note_fallback("the first reason of this test")
+    _registry.note_fallback("another reason of this test")
+    assert inner.fallbacks == ["the first reason of this test"]
+    assert outer.fallbacks == ["the first reason of this test", "another reason of this test"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "fastenc falls back: the first reason of this test",
+        "fastenc falls back: another reason of this test",
+    ]
 
 
 def test_a_record_without_a_launch_stays_empty():

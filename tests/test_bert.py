@@ -103,6 +103,34 @@ def test_packed_is_each_sequence_alone():
     assert_parity("packed", packed, plain, exact)
 
 
+def test_roberta_counts_positions_from_token_ids():
+    """A padding token inside of a sequence has none of its own; embeddings are counted plainly."""
+    config = transformers.RobertaConfig(**TINY | {"max_position_embeddings": 40, "pad_token_id": 1})
+    reference = telling(transformers.RobertaModel(config, add_pooling_layer=False)).eval()
+    ours = fastenc.RobertaModel(config, add_pooling_layer=False).eval()
+    ours.load_state_dict(reference.state_dict())
+    lists = [[5, 6, 1, 7, 1, 8], [9], [1, 3, 4]]
+    rows = [torch.tensor([x]) for x in lists]
+    embeds = [torch.randn(1, len(x), 32) for x in lists]
+    batch = VarlenBatch.from_lists([*lists, []])
+    bare = VarlenBatch.from_cu_seqlens(batch.cu_seqlens)
+    packed = ours.forward_packed(bare, inputs_embeds=torch.cat(embeds, 1)[0])
+    check_model(ours, reference, {"input_ids": rows[0]})
+    check_model(ours, reference, {"inputs_embeds": embeds[0]})
+    for name, found, inputs in (
+        ("ids", ours.forward_packed(batch), [{"input_ids": x} for x in rows]),
+        ("embeds", packed, [{"inputs_embeds": x} for x in embeds]),
+    ):
+        exact_model = at(reference, torch.float64)
+        exact = [{k: x.double() if x.is_floating_point() else x for k, x in given.items()}
+                 for given in inputs]  # fmt: skip
+        plain, true = (
+            torch.cat([m(**given).last_hidden_state[0] for given in of])
+            for m, of in ((reference, inputs), (exact_model, exact))
+        )
+        assert_parity(name, found, plain, true)
+
+
 def test_the_last_layer_makes_wanted_rows_only(monkeypatch):
     check_wanted_rows(bert, *pair(), monkeypatch)
 

@@ -175,6 +175,79 @@ def test_the_number_of_graphs_is_bounded():
     assert len(graphs) == 2 and Recomputed.made == 4
 
 
+def test_the_least_recently_used_graph_goes_first():
+    model = build("bert")
+    graphs = ForwardGraphs(model.forward_packed, model, max_graphs=2)
+    with torch.no_grad():
+        for n in (64, 128, 64, 256, 64):
+            graphs(batch_of((n,)))
+        assert Recomputed.made == 3
+        graphs(batch_of((128,)))
+    assert Recomputed.made == 4
+
+
+def test_a_graph_is_of_the_rows_and_the_backend_that_it_was_captured_with():
+    plain, model, batch = build("bert"), build("bert"), batch_of((9, 3))
+    types = torch.ones(12, dtype=torch.int64)
+    model.use_cuda_graphs()
+    with torch.no_grad():
+        for given in ({"token_type_ids": types}, {}, {"token_type_ids": types}):
+            found = model.forward_packed(batch, **given)
+            torch.testing.assert_close(found, plain.forward_packed(batch, **given))
+        assert Recomputed.made == 2
+        with fastenc.use_backend("reference"):
+            model.forward_packed(batch)
+    assert Recomputed.made == 3
+
+
+def test_rows_that_are_wanted_are_those_of_the_replay():
+    plain, model, batch = build("bert"), build("bert"), batch_of((9, 3))
+    model.use_cuda_graphs()
+    rows = torch.tensor([11, 0, 4])
+    with torch.no_grad():
+        found = model.forward_packed(batch, rows=rows)
+        torch.testing.assert_close(found, plain.forward_packed(batch)[rows])
+    assert Recomputed.made == 1
+
+
+def test_what_no_graph_can_hold_runs_as_it_is():
+    """Hidden states of every layer; and of ModernBERT, holes and frequencies that follow the
+    length."""
+    ids, mask = padded((9, 12), 12, 97)
+    holes = mask.clone()
+    holes[1, 5] = 0
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    by_length = copy.deepcopy(MODELS["modernbert"][1])
+    by_length.rope_parameters = dict.fromkeys(by_length.rope_parameters, dynamic)
+    other = telling(fastenc.ModernBertModel(by_length).eval())
+    for model, inputs, notes in (
+        (build("modernbert"), {"attention_mask": mask, "output_hidden_states": True}, 0),
+        (build("modernbert"), {"attention_mask": holes}, 1),
+        (other, {"attention_mask": mask}, 1),
+    ):
+        with torch.no_grad(), fastenc.record() as ran:
+            expected = model(ids, **inputs)
+            model.use_cuda_graphs()
+            found = model(ids, **inputs)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        assert ("hidden_states" in found) == ("output_hidden_states" in inputs)
+        assert sum("explicit positions or holes" in reason for reason in ran.fallbacks) == notes
+    assert Recomputed.made == 0
+
+
+@pytest.mark.parametrize("name", ["modernbert", "deberta"])
+def test_a_graph_keeps_the_tables_that_it_reads(name):
+    """Else a longer sequence would free them under the graph."""
+    model = build(name)
+    graphs = model._graphs()
+    with torch.no_grad():
+        graphs(batch_of((9, 3)))
+    (entry,) = graphs._entries.values()
+    tables = model._kept_tables()
+    assert tables and all(map(lambda a, b: a is b, entry.alive, tables))
+    assert len(entry.alive) == len(tables)
+
+
 def test_outputs_outlive_the_next_replay():
     model = build("bert")
     graphs = model._graphs()
@@ -274,7 +347,9 @@ def test_launches_of_replays_are_recorded():
     model, batch = build("modernbert"), batch_of((9, 3))
     graphs = ForwardGraphs(model.forward_packed, model, capture=lambda run: Once(Recomputed(run)))
     with torch.no_grad():
-        graphs(batch)
+        with fastenc.record() as ran:
+            graphs(batch)
+        assert ran.calls["rope_varlen_attention"] == {"cpu": 6}  # warm, and captured
         with fastenc.record() as ran:
             graphs(batch)
     assert ran.calls["rope_varlen_attention"] == {"cpu": 3}

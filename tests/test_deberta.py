@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
@@ -161,6 +162,41 @@ def test_tables_are_kept_until_a_weight_changes(prepacked, monkeypatch):
             assert torch.equal(fresh(**inputs).last_hidden_state, after)
 
 
+def test_tables_follow_adapters():
+    ours, _ = pair()
+    config = peft.LoraConfig(
+        r=2, target_modules=["key_proj", "query_proj"], init_lora_weights=False
+    )
+    wrapped, inputs = peft.get_peft_model(ours, config).eval(), inputs_of()
+    with torch.no_grad():
+        before = wrapped(**inputs).last_hidden_state
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(2)
+        after = wrapped(**inputs).last_hidden_state
+        fresh = copy.deepcopy(wrapped)
+        assert torch.equal(fresh(**inputs).last_hidden_state, after)
+    assert not torch.equal(after, before)
+
+
+def test_tables_of_weights_without_a_version_and_in_training_are_not_kept(monkeypatch):
+    ours, _ = pair(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
+    inputs, made = inputs_of(), projected(monkeypatch)
+    with torch.inference_mode():
+        twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        expected = ours(**inputs).last_hidden_state
+        made.clear()
+        for _ in range(2):
+            torch.testing.assert_close(twin(**inputs).last_hidden_state, expected)
+        assert len(made) == 4
+        made.clear()
+        ours.train()
+        for _ in range(2):
+            ours(**inputs)
+    assert len(made) == 4
+
+
 def test_tables_follow_a_fused_optimizer():
     """Its step leaves torch's version counters where they were."""
     ours, _ = pair()
@@ -240,8 +276,10 @@ def test_pickle_and_deepcopy_carry_no_tables():
     assert not any("kept" in name for name in vars(ours.encoder.layer[0].attention.self))
 
 
-def test_dropout_is_seeded():
-    ours, _ = pair()
+@pytest.mark.parametrize("where", ["hidden", "attention_probs"])
+def test_dropout_is_seeded(where):
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    ours, _ = pair(**rates | {f"{where}_dropout_prob": 0.5})
     ours.train()
 
     def run(seed):
@@ -275,6 +313,16 @@ def test_a_convolution_runs_in_transformers_own_forward():
         out = ours(**inputs_of()).last_hidden_state
     assert ran.fallbacks == ["DebertaV2Model: a convolution after the first layer"]
     assert torch.equal(out, reference(**inputs_of()).last_hidden_state)
+
+
+@pytest.mark.parametrize(("buckets", "far"), [(2, 64), (9, 64), (16, 9)])
+def test_buckets_without_a_logarithm_run_in_transformers_own_forward(buckets, far):
+    ours, _ = pair(position_buckets=buckets, max_relative_positions=far)
+    with fastenc.record() as ran:
+        ours(**inputs_of())
+    assert ran.fallbacks == [
+        f"DebertaV2Model: position_buckets = {buckets} with {far} relative positions"
+    ]
 
 
 def test_a_mask_with_holes_runs_in_transformers_own_forward():

@@ -5,6 +5,7 @@ import torch
 import fastenc
 from fastenc import testing
 from fastenc.ops._disentangled_ref import relative_index
+from fastenc.ops.disentangled_attention import _index_for
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -134,6 +135,11 @@ def test_buckets_are_those_of_transformers(buckets, far):
     assert torch.equal(ours[distance.clamp(-radius, radius) + radius].long(), theirs)
 
 
+def test_the_table_of_rows_is_kept_for_each_device():
+    for device in ("cpu", "meta", "cpu"):
+        assert _index_for(torch.zeros(1, device=device), 4, 6).device.type == device
+
+
 def transformers_attention(terms, share, heads, head_dim, buckets, far):
     from transformers import DebertaV2Config
     from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
@@ -206,6 +212,7 @@ def _misuse():
     yield "buckets", (q, k, v, key, query, cu, n, 0, 6), ValueError, "buckets >= 1"
     yield "odd buckets", (q, k, v, key, query, cu, n, 5, 6), ValueError, "even number"
     yield "far", (q, k, v, key, query, cu, n, 16, 8), ValueError, "max_positions"
+    yield "no logarithm", (q, k, v, key, query, cu, n, 16, 9), ValueError, "max_positions"
     yield "bucket type", (q, k, v, key, query, cu, n, 4.0, 6), TypeError, "buckets"
     yield "dropout", (q, k, v, key, query, cu, n, 4, 6, None, 1.0), ValueError, "dropout_p"
 

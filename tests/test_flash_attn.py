@@ -65,6 +65,24 @@ def test_parity(given, window, heads_k, dtype):
     assert torch.equal(attend(*args, **given), out)
 
 
+def test_the_gradient_of_the_log_sum_exp_alone():
+    args = inputs()
+    cotangent = torch.randn(4, sum(LENGTHS))
+
+    def gradients(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in args]
+        lse = attend(*leaves)
+        return torch.autograd.grad(lse, leaves[:2], cotangent.to(dtype))
+
+    def plain(q, k, v):
+        return reference.varlen_attention_ref(q, k, v, CU)[1]
+
+    found = gradients(lambda *x: attend(*x, return_attn_probs=True)[1], torch.float32)
+    draws = (found, gradients(plain, torch.float32), gradients(plain, torch.float64))
+    for name, *three in zip("qk", *draws, strict=True):
+        testing.assert_parity(f"gradient of {name}", *three)
+
+
 def test_lengths_in_a_tensor_of_their_own():
     args = inputs()
     assert torch.equal(attend(*args, cu_k=CU.clone()), attend(*args))

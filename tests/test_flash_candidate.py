@@ -5,6 +5,7 @@ flash-attn needs a GPU; a stand-in with its signature shows what is passed to it
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 
@@ -50,11 +51,27 @@ def test_it_serves_and_is_recorded(asked):
 def test_what_it_does_not_compute_stays(asked):
     fastenc.varlen_attention(*arguments(torch.float32))
     fastenc.varlen_attention(*arguments(head_dim=12))
+    fastenc.varlen_attention(*arguments(head_dim=264))
     fastenc.varlen_attention(*arguments(), dropout_p=0.1, seed=1)
     fastenc.varlen_attention(*arguments(), rel_bias=torch.zeros(2, 8, dtype=torch.bfloat16))
     with fastenc.use_backend("cpu"):
         fastenc.varlen_attention(*arguments())
+    _flash.DEVICES = ("cuda",)  # which the fixture sets back
+    fastenc.varlen_attention(*arguments())
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(None, False), ("", False), ("0", False), ("1", True)]
+)
+def test_who_asks_for_it(value, wanted, monkeypatch):
+    monkeypatch.delenv("FASTENC_FLASH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTENC_FLASH", value)
+    spec = importlib.util.spec_from_file_location("read_anew", _flash.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert anew.ASKED_FOR is wanted and anew.DEVICES == ("cuda",)
 
 
 def test_misuse_is_refused_first(asked):

@@ -72,6 +72,13 @@ def test_autocast_runs_in_the_lower_precision():
     assert x.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone():
+    """As torch's own rules do."""
+    x = torch.randn(4, 32, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastenc.geglu(x), geglu_ref(x))
+
+
 def test_gradcheck():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     for activation in ACTIVATIONS:

@@ -92,6 +92,24 @@ def test_packed_is_each_sequence_alone():
     assert_parity("packed", packed, plain, exact)
 
 
+@pytest.mark.parametrize("where", ["hidden", "attention_probs"])
+def test_every_dropout_acts(where):
+    """On attention alone, and on both branches of a layer and the embeddings alone."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    ours, _ = pair(**rates | {f"{where}_dropout_prob": 0.5}, num_hidden_layers=2)
+    ours.train()
+    inputs = inputs_of()
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return ours(**inputs).last_hidden_state
+
+    with fastenc.record() as ran:
+        first = run(1)
+    assert torch.equal(run(1), first) and not torch.equal(run(2), first)
+    assert ran.calls.get("dropout", {}) == ({"cpu": 4} if where == "hidden" else {})
+
+
 def test_falls_back_where_it_must():
     ours, reference = pair()
     inputs = inputs_of()

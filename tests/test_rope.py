@@ -61,6 +61,15 @@ def test_float64_tables_are_rounded_to_float32():
     assert torch.equal(found, expected)
 
 
+def test_float64_tables_beside_float64_are_exact():
+    x, cos, sin, positions = _arguments()
+    x, cos, sin = x.detach().double(), cos.double() + 1e-9, sin.double() - 1e-9
+    expected = rope_ref(x, cos, sin, positions)
+    torch.testing.assert_close(
+        fastenc.rope(x, cos, sin, positions), expected, atol=1e-15, rtol=1e-15
+    )
+
+
 def test_strides_do_not_matter():
     x, cos, sin, positions = _arguments()
     expected = fastenc.rope(x, cos, sin, positions)

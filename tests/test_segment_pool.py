@@ -4,6 +4,7 @@ import torch
 
 import fastenc
 from fastenc import testing
+from fastenc.nn import POOLING_MODES, pool
 from fastenc.ops.segment_pool import MODES
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -118,3 +119,31 @@ def _misuse():
 def test_misuse(name, args, error, words):
     with pytest.raises(error, match=words):
         fastenc.segment_pool(*args)
+
+
+# ---- every mode of sentence-transformers ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pooling_no_tokens_gives_zeros(mode, dtype):
+    x = torch.randn(3, 4, dtype=dtype)
+    rows = pool(x, testing.cu_seqlens_of((0, 3, 0)), (mode,))
+    assert torch.equal(rows[::2], torch.zeros(2, 4, dtype=dtype)) and rows[1].any()
+
+
+def test_weights_count_on_from_tokens_that_were_skipped():
+    x, skipped = torch.randn(5, 4, dtype=torch.float64), torch.tensor([2, 0])
+    found = pool(x, testing.cu_seqlens_of((3, 2)), ("weightedmean",), skipped)
+    first, second = torch.tensor([[3.0], [4.0], [5.0]]), torch.tensor([[1.0], [2.0]])
+    expected = [(x[:3] * first).sum(0) / 12, (x[3:] * second).sum(0) / 3]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-14, rtol=1e-14)
+
+
+def test_modes_are_concatenated_and_named():
+    x, cu = torch.randn(5, 4), testing.cu_seqlens_of((3, 2))
+    both = pool(x, cu, ("max", "mean_sqrt_len_tokens"))
+    assert torch.equal(both[:, :4], fastenc.segment_pool(x, cu, "max"))
+    torch.testing.assert_close(both[0, 4:], x[:3].sum(0) / 3**0.5)
+    with pytest.raises(ValueError, match=r"pooling: expected one of mean, .* got 'median'"):
+        pool(x, cu, ("mean", "median"))

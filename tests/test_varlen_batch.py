@@ -41,6 +41,19 @@ def test_holes_keep_their_distance():
     batch = VarlenBatch.from_padded(IDS[:2], torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 0]]))
     assert batch.gaps and batch.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.positions.tolist() == [0, 2, 3, 0, 1]
+    none_at_the_end = VarlenBatch.from_padded(IDS[:2], torch.tensor([[1, 0, 1, 0, 1], [0] * 5]))
+    assert none_at_the_end.gaps and none_at_the_end.positions.tolist() == [0, 2, 4]
+
+
+def test_rows_that_are_split_stay_rows():
+    batch = VarlenBatch.from_padded(IDS[:2]).split(torch.tensor([0, 3, 5, 10]), 5)
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.lengths.tolist() == [3, 2, 5]
+    assert batch.max_seqlen == 5 and batch.split(batch.cu_seqlens, 7).max_seqlen == 7
+    assert batch.split(batch.cu_seqlens).max_seqlen == 5
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+    for x in (batch.input_ids, batch.input_ids.unsqueeze(1).float()):
+        assert batch.first(x).flatten().tolist() == [0, 5]
+    assert torch.equal(batch.pad(batch.input_ids), IDS[:2])
 
 
 def test_rows_without_a_token():
@@ -53,7 +66,8 @@ def test_rows_without_a_token():
     nothing = VarlenBatch.from_padded(torch.zeros(3, 3, dtype=torch.long), torch.zeros(3, 3))
     assert nothing.total_tokens == nothing.max_seqlen == 0 and nothing.positions.shape == (0,)
     assert nothing.pad(torch.zeros(0, 2)).shape == (3, 3, 2)
-    assert VarlenBatch.from_padded(torch.zeros(2, 0, dtype=torch.long)).num_seqs == 2
+    columns = VarlenBatch.from_padded(torch.zeros(2, 0, dtype=torch.long))
+    assert columns.num_seqs == 2 and torch.equal(columns.first(torch.ones(0, 3)), torch.zeros(2, 3))
 
 
 def test_positions_that_fall_start_a_sequence():

@@ -90,7 +90,7 @@ def packed_attention(
     q, k, v = (batch.pack(x.transpose(1, 2)) for x in (query, key, value))
     reach = mask.reach if sliding_window is None else sliding_window - 1
     if batch.gaps and reach is not None:
-        out = windowed_with_gaps(q, k, v, batch, reach, dropout)
+        out = windowed_with_gaps(q, k, v, batch, reach, dropout, scaling)
     else:
         window = (-1, -1) if reach is None else (reach, reach)
         out = varlen_attention(
@@ -136,11 +136,13 @@ def _split(batch: VarlenBatch, kwargs: dict[str, Any]) -> VarlenBatch:
         return batch.split(cu_seqlens, kwargs.get("max_length_q"))
     if position_ids is None:
         return batch
-    version = 0 if position_ids.is_inference() else position_ids._version
+    if position_ids.is_inference():  # what is written to it leaves no trace
+        return VarlenBatch.from_padded(position_ids=position_ids, shape=batch.padded_shape)
+    state = position_ids._version, batch.padded_shape
     found = _by_positions.get(position_ids)
-    if found is None or found[0] != version:
+    if found is None or found[0] != state:
         split = VarlenBatch.from_padded(position_ids=position_ids, shape=batch.padded_shape)
-        found = _by_positions[position_ids] = (version, split)
+        found = _by_positions[position_ids] = (state, split)
     return found[1]
 
 

@@ -13,7 +13,13 @@ from fastenc.ops._registry import note_fallback
 
 
 def windowed_with_gaps(
-    q: Tensor, k: Tensor, v: Tensor, batch: VarlenBatch, reach: int, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: VarlenBatch,
+    reach: int,
+    dropout_p: float,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention within ``|column_i - column_j| <= reach``, sequence by sequence, in plain PyTorch.
 
@@ -26,6 +32,8 @@ def windowed_with_gaps(
         here = columns[start:end]
         seen = (here.view(-1, 1) - here.view(1, -1)).abs() <= reach
         heads_first = (x[start:end].transpose(0, 1) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, dropout_p=dropout_p)
+        out = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=seen, dropout_p=dropout_p, scale=scale
+        )
         outs.append(out.transpose(0, 1))
     return torch.cat(outs)
