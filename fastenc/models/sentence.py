@@ -122,7 +122,7 @@ class SentenceBody(nn.Module):
 
     def _tokens(self, max_length: int | None = None) -> Tokens:
         limits = [n for n in (max_length, self._max_seq_length) if n is not None]
-        key = ("tokens", min(limits, default=None), id(self.tokenizer))
+        key = ("tokens", min(limits, default=None))
         if key not in self._made:
             self._made[key] = Tokens(self.tokenizer, key[1], truncate=True)
         return self._made[key]
@@ -203,8 +203,7 @@ class SentenceBody(nn.Module):
         return rows.cpu().numpy()
 
     def _encoder(self, normalize: bool) -> Encoder:
-        ids = id(self.tokenizer), id(self.prompts)  # of what the encoder holds
-        key = ("encoder", normalize, self.pooling, self.default_prompt, *ids)
+        key = ("encoder", normalize)
         if key not in self._made:
             self._made[key] = Encoder(self.recipe(), normalize=normalize)
         return self._made[key]
