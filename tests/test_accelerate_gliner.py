@@ -252,3 +252,23 @@ def test_prepack_and_the_options_of_the_decoder():
     fastenc.accelerate(model, prepack=True)
     same(model.inference(asked, LABELS, **options, **extra), expected[0])
     same(model.inference(asked, [["a", "b"], ["c"]], **options), expected[1])
+
+
+@pytest.mark.parametrize("kind", [{}, {"span_mode": "token_level"}], ids=["span", "token"])
+def test_decoder_options_of_each_text(kind):
+    """Lists as gliner takes them: a value a text, and no other number of values."""
+    plain = gliner_tests.their_model(decisive=True, **kind)
+    fast = fastenc.accelerate(copy.deepcopy(plain))
+    found = []
+    for model in (plain, fast):
+        asked = model.prepare_batch(["Marie Curie works in Paris", "Siemens AG in Turin"], LABELS)
+        batch = model.collate_batch(asked["input_x"], asked["entity_types"])
+        out = model.run_batch(batch)
+        each = {"threshold": [0.2, 0.4], "flat_ner": [True, False], "multi_label": [False, True]}
+        spans = model.decode_batch(out, batch, **each)
+        found.append([[(s.start, s.end, s.entity_type) for s in text] for text in spans])
+        for name, values in each.items():
+            for wrong in (values[:1], [*values, values[0]]):
+                with pytest.raises(ValueError, match=f"{name} must have length 2"):
+                    model.decode_batch(out, batch, **each | {name: wrong})
+    assert found[0] == found[1] and all(found[0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import gliner_tests
 import pytest
 import torch
 
 from fastenc.integrations._gliner_padded import Padded
-from fastenc.models._gliner_batch import GLiNERBatch
+from fastenc.models._gliner_batch import GLiNERBatch, WordTokenizer
 from fastenc.models._gliner_encode import pool_words
 from fastenc.nn import VarlenBatch
 
@@ -48,6 +49,16 @@ def test_a_gpu_is_not_waited_for(mode):
     """The meta device has no contents to read: see test_no_synchronisation.py."""
     batch = batch_of([3, 5, 5], [4, 4, 8], 12).to("meta")
     assert pool_words(torch.empty(12, 6, device="meta"), batch, mode).shape == (3, 6)
+
+
+def test_tokens_added_later_are_seen():
+    tokenizer = gliner_tests.tokenizer()
+    tokenizer.add_tokens(["<<ENT>>", "<<SEP>>"], special_tokens=True)
+    words = WordTokenizer(tokenizer, "<<ENT>>", "<<SEP>>")
+    before = words.word_ids(["blorp", "Paris"])
+    tokenizer.add_tokens(["blorp"])
+    after = words.word_ids(["blorp", "Paris"])
+    assert after[0] == (len(tokenizer) - 1,) != before[0] and after[1] == before[1]
 
 
 def test_words_that_are_dropped_from_padded_texts_are_empty():

@@ -233,6 +233,20 @@ def test_hyperparameter_search(folder, monkeypatch):  # noqa: F811
         trainer.hyperparameter_search(space)
 
 
+def test_every_trial_starts_anew(folder):  # noqa: F811
+    """Also where there is nothing to choose."""
+    made = []
+
+    def model_init():
+        made.append(model_of(folder))
+        return made[-1]
+
+    args = fastenc.SetFitTrainingArguments(max_steps=1, **QUIET)
+    trainer = fastenc.SetFitTrainer(None, args, DATA, DATA, model_init)
+    trainer.hyperparameter_search(lambda trial: {}, n_trials=2)
+    assert len(made) == 3 and trainer.model is made[-1]
+
+
 def test_a_search_is_setfits(folder):  # noqa: F811
     """The same sampler asks for the same trials and gets the same values of them. Under
     transformers 5, setfit 1.2 trains its first model's body in every trial: mended here."""

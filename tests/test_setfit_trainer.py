@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import numpy as np
@@ -261,6 +262,19 @@ def test_end_to_end_moves_the_body(folder):
     train(model, num_epochs=(0, 4), end_to_end=True, body_learning_rate=1e-3)
     assert any(not torch.equal(v, before[k]) for k, v in model.body.state_dict().items())
     assert [int(i) for i in model.predict(TEXTS)] == LABELS
+
+
+def test_the_seed_decides_stage_2_alone(folder):
+    """Dropout of the body included."""
+    found = []
+    model = model_of(folder, dropout=True, use_differentiable_head=True)
+    for drawn, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(drawn)
+        again = copy.deepcopy(model)
+        args = fastenc.SetFitTrainingArguments(seed=seed, end_to_end=True, num_epochs=1, **QUIET)
+        fastenc.SetFitTrainer(again, args, DATA).train_classifier()
+        found.append(again.predict_proba(TEXTS, as_numpy=True))
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
 
 
 def test_names_and_several_labels(folder):

@@ -259,8 +259,13 @@ class PackedBiEncoderSpanModel(BiEncoderSpanModel):
 # ---- decoder -------------------------------------------------------------------------------------
 
 
-def _each(value: Any, count: int) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * count
+def _each(value: Any, count: int, name: str) -> list:
+    """One value a text: gliner takes a list of them too."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must have length {count}, got {len(value)}")
+    return list(value)
 
 
 def _greedy_search(self, spans, flat_ner=True, multi_label=False):
@@ -274,7 +279,7 @@ def _greedy_search(self, spans, flat_ner=True, multi_label=False):
 def _chosen(count, text, start, end, label, score, slot, names, flat_ner, multi_label):
     """Span objects of what greedy search keeps, text by text; arrays are sorted by text."""
     edges = np.searchsorted(text, np.arange(count + 1))
-    flat, multi = _each(flat_ner, count), _each(multi_label, count)
+    flat, multi = _each(flat_ner, count, "flat_ner"), _each(multi_label, count, "multi_label")
     found = []
     for i in range(count):
         rows = slice(edges[i], edges[i + 1])
@@ -309,8 +314,8 @@ class FastSpanDecoder(SpanDecoder):
             )  # fmt: skip
         count, labels = probs.shape[0], probs.shape[-1]
         names = [self._get_id_to_class_for_sample(id_to_classes, i) for i in range(count)]
-        limits = torch.tensor(_each(threshold, count), dtype=probs.dtype, device=probs.device)
-        hit = probs > limits.view(-1, 1, 1, 1)
+        limits = _each(threshold, count, "threshold")
+        hit = probs > torch.tensor(limits, dtype=probs.dtype, device=probs.device).view(-1, 1, 1, 1)
         if any(len(one) < labels for one in names):
             known = [[c + 1 in one for c in range(labels)] for one in names]
             hit &= torch.tensor(known, device=probs.device).view(count, 1, 1, labels)
@@ -345,7 +350,7 @@ class FastTokenDecoder(TokenDecoder):
         names = [self._get_id_to_class_for_sample(id_to_classes, i) for i in range(count)]
         scores = torch.sigmoid(model_output).float().cpu().numpy()
         columns = []
-        for i, limit in enumerate(_each(threshold, count)):
+        for i, limit in enumerate(_each(threshold, count, "threshold")):
             own = scores[i, : len(tokens[i])]
             edges, known = np.array([0, len(own)]), np.array([len(names[i])])
             found = _C.token_spans(own, edges, known, limit)[:4]

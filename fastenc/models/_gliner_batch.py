@@ -95,6 +95,7 @@ class WordTokenizer:
         self.markers = (ent_token, sep_token)
         self.embed_ent_token = embed_ent_token
         self._kept: dict[str, tuple[int, ...]] = {}
+        self._size = len(tokenizer) if tokenizer is not None else 0
         self._around: tuple[list[int], list[int]] | None = None
 
     @property
@@ -108,7 +109,9 @@ class WordTokenizer:
         return self._around
 
     def word_ids(self, words: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids of each word, without special tokens."""
+        """The token ids of each word, without special tokens. Tokens that are added are seen."""
+        if (size := len(self.tokenizer)) != self._size:
+            self._kept, self._size = {}, size
         kept = self._kept
         new = [word for word in dict.fromkeys(words) if word not in kept]
         if new:

@@ -55,7 +55,8 @@ def search(
     timeout = study.pop("timeout", None)
 
     def objective(trial: Any) -> float:
-        trainer.train(trial=hp_space(trial))
+        trainer.apply_hyperparameters(hp_space(trial))
+        trainer.train()
         return judge(trainer.evaluate())
 
     found = optuna.create_study(direction=direction, **study)

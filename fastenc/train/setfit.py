@@ -162,6 +162,7 @@ class SetFitTrainer:
         args = args or self.args
         texts, labels = self._examples()
         tokens, rows = self._tokens(texts, args)
+        torch.manual_seed(args.seed + _processes.world()[0])
         self._train_head(texts, tokens, rows, labels, args)
 
     def _examples(self) -> tuple[list[str], np.ndarray]:
