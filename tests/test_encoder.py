@@ -202,10 +202,15 @@ def test_the_transformers_model_stays_the_users(tokenizer):
     assert not ran.fallbacks
 
 
-def test_a_hook_on_the_whole_model_is_called(tokenizer):
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "forward"])
+def test_a_hook_on_the_whole_model_is_called(kind, tokenizer):
     model = tiny_bert()
     seen = []
-    model.register_forward_hook(lambda *_: seen.append(1))
+    if kind == "forward":
+        plain = model.forward
+        model.forward = lambda *args, **given: seen.append(1) or plain(*args, **given)
+    else:
+        getattr(model, f"register_{kind}")(lambda *_: seen.append(1))
     with fastenc.record() as ran:
         found = Encoder(model, tokenizer).encode(TEXTS)
     assert seen == [1] and "has hooks" in ran.fallbacks[0]
@@ -405,6 +410,26 @@ def test_threads_share_an_encoder(tokenizer):
     for rows in found:
         assert np.array_equal(rows, expected)
     assert all(m.training for m in model.modules())
+
+
+def test_the_batches_of_threads_take_turns():
+    inside, most = [], []
+
+    class Crowded(Table):
+        def forward_packed(self, batch):
+            inside.append(1)
+            threading.Event().wait(0.005)
+            most.append(len(inside))
+            inside.pop()
+            return super().forward_packed(batch)
+
+    encoder = Encoder(Crowded(), word_tokenizer(), token_budget=1)
+    threads = [threading.Thread(target=encoder.encode, args=(["w1"] * 5,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 15
 
 
 def test_the_callers_choice_of_backend_holds(tokenizer):

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sentence_transformers.sentence_transformer import modules as st_modules
 
 import fastenc
 from fastenc import Encoder
+from fastenc._encoder_model import length_limit
 
 MINILM = str(get_model_path())
 TEXTS = [
@@ -128,8 +130,28 @@ def test_dense_normalize_and_prompts(tmp_path):
         lambda c: c.update(default_prompt_name="query"),
     )
     asked.check(Encoder(folder).encode(TEXTS))
+    expected.check(Encoder(folder).encode(TEXTS, prompt=""))
     unit = Encoder(folder, normalize=True).encode(TEXTS)
     Expected(*map(torch.nn.functional.normalize, (asked.plain, asked.exact))).check(unit)
+
+
+def test_what_is_given_replaces_what_the_folder_says(tmp_path):
+    """Also where it is the default."""
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32, "cls"))
+    assert Encoder(folder).pooling == ("cls",)
+    encoder = Encoder(folder, pooling="mean")
+    theirs[1].pooling_mode = "mean"
+    expected_of(theirs).check(encoder.encode(TEXTS))
+    longer = transformers.AutoTokenizer.from_pretrained(folder)
+    longer.add_tokens(["csv file"])
+    theirs[0].auto_model.resize_token_embeddings(len(longer), mean_resizing=False)
+    theirs[0].auto_model.save_pretrained(folder)
+    theirs[0].processor = longer
+    expected = expected_of(theirs)
+    expected.check(Encoder(folder, longer, "mean").encode(TEXTS))
+    longer.save_pretrained(tmp_path / "longer")
+    expected.check(Encoder(folder, str(tmp_path / "longer"), "mean").encode(TEXTS))
+    assert np.abs(expected.plain - Encoder(folder, pooling="mean").encode(TEXTS)).max() > 1e-3
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -139,15 +161,18 @@ def test_copies_and_pickles(tmp_path, twin_of):
     expected = expected_of(theirs, normalize_embeddings=True)
     expected.check(encoder.encode(TEXTS))
     twin = twin_of(encoder)
-    expected.check(twin.encode(TEXTS))
+    with fastenc.record() as ran:
+        expected.check(twin.encode(TEXTS))
+    assert ran.fallbacks == ["cuda_graphs: the batch is on cpu"]
     for model in (theirs[0].auto_model, twin.model):
         model.embeddings.word_embeddings.weight.data.mul_(2)
     expected_of(theirs, normalize_embeddings=True).check(twin.encode(TEXTS))
     expected.check(encoder.encode(TEXTS))
 
 
-def test_the_prompt_left_out_of_pooling(tmp_path):
-    theirs, folder = saved(tmp_path, st_modules.Pooling(32, include_prompt=False))
+@pytest.mark.parametrize("mode", ["mean", "weightedmean"])
+def test_the_prompt_left_out_of_pooling(tmp_path, mode):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32, mode, include_prompt=False))
     prompt = "Represent this sentence: "
     expected = expected_of(theirs, prompt=prompt)
     assert np.abs(expected.plain - theirs.encode(TEXTS)).max() > 1e-2
@@ -261,6 +286,7 @@ def modules_change(index, **values):
             "models.LSTM",
         ),
         (*modules_change(1, path="../elsewhere"), ValueError, "leaves the folder"),
+        (*modules_change(1, path="/1_Pooling"), ValueError, "leaves the folder"),
         ("modules.json", lambda m: m[:1], NotImplementedError, "without a Pooling"),
         ("modules.json", lambda m: m[1:], NotImplementedError, "as the first module"),
         (
@@ -293,6 +319,12 @@ def modules_change(index, **values):
             NotImplementedError,
             "pooling of pooler_output",
         ),
+        (
+            "sentence_bert_config.json",
+            lambda c: c["modality_config"].update(message={"format": "structured"}),
+            NotImplementedError,
+            "a chat template",
+        ),
     ],
 )
 def test_folders_that_are_refused(file, change, error, message, tmp_path):
@@ -300,6 +332,38 @@ def test_folders_that_are_refused(file, change, error, message, tmp_path):
     edit(folder / file, change)
     with pytest.raises(error, match=message):
         Encoder(folder)
+
+
+class Touching:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_of_a_folder_runs(tmp_path):
+    folder = copy_of(tmp_path)
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    torch.save({"linear.weight": Touching(tmp_path / "ran")}, folder / "2_Dense/pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        Encoder(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_length_that_positions_allow():
+    """RoBERTa's positions begin behind the padding token's."""
+    for kind, options, limit in (
+        (transformers.RobertaConfig, {"pad_token_id": 1}, 128),
+        (transformers.MPNetConfig, {"pad_token_id": 1}, 128),
+        (transformers.BertConfig, {"pad_token_id": 1}, 130),
+    ):
+        config = kind(max_position_embeddings=130, **options)
+        assert length_limit(SimpleNamespace(model_max_length=10**30), config) == limit
+        assert length_limit(SimpleNamespace(model_max_length=20), config) == 20
+    assert length_limit(None, SimpleNamespace()) is None
 
 
 def test_a_folder_without_weights(tmp_path):

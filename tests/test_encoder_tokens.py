@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,8 +87,10 @@ def test_truncation_and_its_refusal():
     text = text_of(range(9))
     assert len(Tokens(word_tokenizer(), 5, True)([text])[0]) == 5
     assert len(Tokens(word_tokenizer(), 9, False)([text])[0]) == 9
-    with pytest.raises(ValueError, match="text 41 has 9 tokens, the model takes 5"):
-        Tokens(word_tokenizer(), 5, False)(["w1", text], first=40)
+    refusing = Tokens(word_tokenizer(), 5, False)
+    for tokens in (refusing, copy.deepcopy(refusing), pickle.loads(pickle.dumps(refusing))):
+        with pytest.raises(ValueError, match="text 41 has 9 tokens, the model takes 5"):
+            tokens(["w1", text], first=40)
 
 
 def test_a_tokenizer_of_its_own_is_called_as_transformers_are():
@@ -134,3 +139,35 @@ def test_the_given_tokenizer_is_left_alone():
     tokenizer.enable_truncation(6)
     assert len(Tokens(tokenizer, 3, True)(["w1"])[0]) == 1
     assert tokenizer.padding["length"] == 7 and tokenizer.truncation["max_length"] == 6
+
+
+def fast_tokenizer(cls=transformers.PreTrainedTokenizerFast, **options):
+    names = {"unk_token": "[UNK]", "pad_token": "w0", "sep_token": "w7", "cls_token": "w8"}
+    return cls(tokenizer_object=word_tokenizer(), **names, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"truncation_side": "left"}, {"split_special_tokens": True}], ids=str
+)
+def test_a_copy_does_what_transformers_tokenizer_does(options):
+    tokenizer = fast_tokenizer(**options)
+    texts = [text_of(range(9)), "w1w7w2", "w3 w8w7 w4"]
+    given = tokenizer(texts, truncation=True, max_length=5)["input_ids"]
+    rows = Tokens(tokenizer, 5, True)(texts)
+    assert [row.tolist() for row in rows] == given
+    assert (given[0][0] == 4) == ("truncation_side" in options)
+    assert (given[1] == [100]) == ("split_special_tokens" in options)
+
+
+def test_a_tokenizer_with_code_of_its_own_runs_it():
+    class Reversed(transformers.PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **options):
+            return super()._encode_plus([" ".join(x.split()[::-1]) for x in text], *args, **options)
+
+    class Called(transformers.PreTrainedTokenizerFast):
+        def __call__(self, text, *args, **options):
+            return super().__call__([" ".join(x.split()[::-1]) for x in text], *args, **options)
+
+    for cls in (Reversed, Called):
+        rows = Tokens(fast_tokenizer(cls), None, True)([text_of(range(3)), "w5"])
+        assert [row.tolist() for row in rows] == [[2, 1, 0], [5]], cls

@@ -37,9 +37,10 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
-def tiny(tmp_path, *head, pooling="mean"):
+def tiny(tmp_path, *head, pooling="mean", include_prompt=True):
     """(SentenceTransformer, its folder): a tiny random BERT with ``head`` behind the pooling."""
-    modules = [tiny_body(tmp_path / "body"), st_modules.Pooling(32, pooling), *head]
+    pooling = st_modules.Pooling(32, pooling, include_prompt=include_prompt)
+    modules = [tiny_body(tmp_path / "body"), pooling, *head]
     theirs = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "find: "})
     theirs.save(str(tmp_path / "folder"))
     return theirs.eval(), tmp_path / "folder"
@@ -169,6 +170,67 @@ def test_saved_folder_is_vanilla(tmp_path):
         expected.check(other.encode(TEXTS))
     query = {"prompt_name": "query"}
     expected_of(theirs, **query).check(body.encode(TEXTS, **query))
+
+
+def test_what_a_folder_says_of_prompts_and_dense_layers_survives(tmp_path):
+    dense = st_modules.Dense(32, 8, bias=False)
+    theirs, folder = tiny(tmp_path, dense, include_prompt=False)
+    body = SentenceBody.from_folder(folder)
+    body.default_prompt = theirs.default_prompt_name = "query"
+    body.save(tmp_path / "again")
+    again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    expected = expected_of(theirs)
+    for other in (again, SentenceBody.from_folder(tmp_path / "again"), body):
+        expected.check(other.encode(TEXTS))
+    assert list(SentenceBody.from_folder(tmp_path / "again").head[0][0].state_dict()) == ["weight"]
+
+
+def test_few_texts_are_asked_what_many_are(tmp_path):
+    """A batch run on the spot: prompts, lengths, a limit set later, and evaluation mode."""
+    theirs, folder = tiny(tmp_path)
+    body, few = SentenceBody.from_folder(folder), slice(4)
+    expected_of(theirs, prompt_name="query").check(
+        body.encode(TEXTS[few], prompt_name="query"), few
+    )
+    expected_of(theirs, prompt="of: ").check(body.encode(TEXTS[few], prompt="of: "), few)
+    expected_of(theirs, normalize_embeddings=True).check(
+        body.encode(TEXTS[few], normalize=True), few
+    )
+    body.default_prompt = "query"
+    expected_of(theirs, prompt_name="query").check(body.encode(TEXTS[few]), few)
+    expected_of(theirs).check(body.encode(TEXTS[few], prompt=""), few)
+    body.default_prompt = None
+    body.encode(TEXTS)
+    body.max_seq_length = theirs.max_seq_length = 7
+    expected_of(theirs).check(body.encode(TEXTS))
+    expected_of(theirs).check(body.encode(TEXTS[few]), few)
+    body.train()
+    body.model.encoder.layer[0].eval()
+    flags = [module.training for module in body.modules()]
+    expected_of(theirs).check(body.encode(TEXTS[few]), few)
+    expected_of(theirs).check(body.encode(TEXTS))
+    assert [module.training for module in body.modules()] == flags
+
+
+def test_attributes_that_are_set_later_are_seen(tmp_path):
+    theirs, folder = tiny(tmp_path)
+    body = SentenceBody.from_folder(folder)
+    cased = copy.deepcopy(body.tokenizer)
+    cased.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
+    before = body.encode(TEXTS), body.encode(TEXTS[:4])
+    for name, value, set_theirs in (
+        ("default_prompt", "query", lambda: setattr(theirs, "default_prompt_name", "query")),
+        ("prompts", {"query": "of: "}, lambda: theirs.prompts.update(query="of: ")),
+        ("pooling", ("max",), lambda: setattr(theirs[1], "pooling_mode", "max")),
+        ("tokenizer", cased, lambda: setattr(theirs[0], "processor", cased)),
+    ):
+        setattr(body, name, value)
+        set_theirs()
+        found = body.encode(TEXTS), body.encode(TEXTS[:4])
+        expected_of(theirs).check(found[0])
+        expected_of(theirs).check(found[1], slice(4))
+        assert not any(map(np.array_equal, found, before)), name
+        before = found
 
 
 def test_pooling_order_survives(tmp_path):
