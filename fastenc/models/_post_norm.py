@@ -104,7 +104,11 @@ def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
     limit = getattr(embeddings.position_embeddings, "num_embeddings", None)
     if limit is None or not _checks.readable(positions) or positions.numel() == 0:
         return
-    highest = int(positions.amax())
+    if positions.is_floating_point():
+        raise TypeError(f"position_ids: expected integers, got {positions.dtype}")
+    lowest, highest = (int(x) for x in positions.aminmax())
+    if lowest < 0:
+        raise ValueError(f"position_ids: expected 0 to {limit - 1}, got {lowest}")
     if highest >= limit:
         raise ValueError(
             f"the input is too long: position {highest}, but the model has position embeddings for "
