@@ -80,9 +80,10 @@ def _use_cuda_graphs(obj: object, on: bool) -> None:
 
 
 def _model_of(obj: object) -> object:
-    """The module that a pipeline or Trainer runs; other objects as they are."""
-    model = getattr(obj, "model", None)
-    return model if isinstance(model, nn.Module) and not isinstance(obj, nn.Module) else obj
+    """The model that a pipeline or Trainer runs; other objects as they are."""
+    model = None if isinstance(obj, nn.Module) else getattr(obj, "model", None)
+    is_model = isinstance(model, nn.Module) or hasattr(model, "model_body")  # setfit's is no module
+    return model if is_model else obj
 
 
 def _handler(obj: object) -> ModuleType:
