@@ -32,13 +32,17 @@ def load_transformer(source: str, subfolder: str = "") -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a folder or hub id: fastenc's class where there is one, else AutoModel.
 
     fastenc's keep a copy of their linear layers' weights in the CPU's layout once they ran there
-    (MiniLM: a fifth more tokens a second). Of an encoder-decoder only the encoder is taken. Raises
-    what transformers raises for missing files.
+    (MiniLM: a fifth more tokens a second). Of an encoder-decoder only the encoder is taken. A
+    folder of peft's (an adapter, no config.json) is the model that it names, with the adapter.
+    Raises what transformers raises for missing files.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     if os.path.isdir(source):
         source, subfolder = os.path.join(source, subfolder), ""
+        files = os.listdir(source)
+        if "adapter_config.json" in files and "config.json" not in files:
+            return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     config = AutoConfig.from_pretrained(source, subfolder=subfolder)
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder)
     if (ours := packed_class(config)) is not None:

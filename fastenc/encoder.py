@@ -41,9 +41,10 @@ class Encoder:
 
     Args:
         model: a folder or hub id, of sentence-transformers (its pooling, Dense and Normalize
-            modules, length limit and prompts are read) or of transformers; or a module: fastenc's,
-            transformers', or a SentenceTransformer. BERT, RoBERTa and ModernBERT run packed; every
-            other architecture runs padded through transformers, with a logged reason.
+            modules, length limit and prompts are read) or of transformers; or a module: fastenc's
+            (a SentenceBody too), transformers', or a SentenceTransformer. BERT, RoBERTa and
+            ModernBERT run packed; every other architecture runs padded through transformers, with
+            a logged reason.
         tokenizer: of transformers or of the tokenizers library, or a folder; None: the model's own.
         pooling: "mean", "cls", "max", "last", "mean_sqrt_len_tokens" or "weightedmean", over a
             text's tokens, special ones included. Given explicitly it replaces the pooling of a
@@ -243,6 +244,8 @@ def _read(model: Any, tokenizer: Any) -> Recipe:
         recipe = read_folder(os.fspath(model))
     elif any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__):
         recipe = read_sentence_transformer(model)
+    elif isinstance(model, nn.Module) and hasattr(model, "recipe"):
+        recipe = model.recipe()
     elif isinstance(model, nn.Module) and hasattr(model, "config"):
         tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
         recipe = Recipe(model, tokenizer)

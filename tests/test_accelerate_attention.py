@@ -129,6 +129,7 @@ def test_refusals():
         "causal": lambda: packed_attention(decoder, q, q, q, mask),
         "cross-attention": lambda: packed_attention(encoder, q, q[:, :, :3], q[:, :, :3], mask),
         "position bias": lambda: packed_attention(encoder, q, q, q, mask, position_bias=q),
+        "soft cap": lambda: packed_attention(encoder, q, q, q, mask, softcap=30.0),
         "attention_mask of type Tensor": lambda: packed_attention(
             encoder, q, q, q, torch.ones(2, 1, 5, 5)
         ),
@@ -191,3 +192,17 @@ def test_scaling_and_dropout(window, holes):
         torch.manual_seed(seed)
         drawn.append(packed_attention(encoder, q, k, v, packed, dropout=0.5, **given)[0])
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+def test_a_window_that_mask_and_layer_both_tell(side):
+    """Mistral without causality: its layers pass the mask's inclusive window."""
+    config = transformers.MistralConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=37, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=3, is_causal=False,
+    )  # fmt: skip
+    reference = telling(transformers.MistralModel(config)).eval()
+    ours = copy.deepcopy(reference)
+    ours.set_attn_implementation("fastenc")
+    ids, mask = padded((23, 7, 1), 23, 99, side)
+    check_model(ours, reference, {"input_ids": ids, "attention_mask": mask})

@@ -82,6 +82,15 @@ def test_encode_of_real_weights(minilm):
     assert np.array_equal(minilm.encode(TEXTS), expected.plain)
 
 
+def test_no_texts(tmp_path):
+    plain = tiny(tmp_path)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    for options in ({}, {"convert_to_tensor": True}, {"convert_to_numpy": False}):
+        found, expected = (model.encode([], **options) for model in (ours, plain))
+        assert type(found) is type(expected)
+        assert getattr(found, "shape", None) == getattr(expected, "shape", None)
+
+
 def test_what_encode_can_be_asked(tmp_path):
     head = [st_modules.Dense(32, 12), st_modules.Normalize()]
     plain = tiny(tmp_path, *head, prompts={"query": "find: "}, default_prompt_name=None)
@@ -357,9 +366,12 @@ def test_setfit_model(tmp_path):
     }
     name = "config_setfit.json"  # setfit writes a set's items in any order
     assert json.loads(ours[name]) == json.loads(plain[name])
-    fastenc.restore(model)
+    trainer = setfit.Trainer(model)
+    assert fastenc.restore(trainer) is trainer
     assert type(model.model_body) is st.SentenceTransformer
     assert torch.equal(model.predict_proba(TEXTS), scores)
+    assert fastenc.accelerate(trainer) is trainer
+    assert type(model.model_body) is not st.SentenceTransformer
     with pytest.raises(TypeError, match="with a body"):
         fastenc.accelerate(setfit.SetFitModel())
 

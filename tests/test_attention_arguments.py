@@ -177,3 +177,28 @@ def test_statistics_have_the_dtype_that_the_fake_says(dtype):
         without = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in tensors]
         for found, said in zip(forward(*tensors), forward(*without), strict=True):
             assert found.dtype == said.dtype and found.shape == said.shape, op
+
+
+def test_autocast_makes_dtypes_one():
+    """As torch's scaled_dot_product_attention; without autocast they have to be one."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(7, 2, 8, generator=g).bfloat16() for _ in range(3))
+    table = torch.randn(2, 512, 8, generator=g).bfloat16()
+    labels = torch.randn(2, 3, 8, generator=g).bfloat16()
+    edges = torch.tensor([0, 3, 7], dtype=torch.int32)
+    calls = {
+        "attention": lambda q: fastenc.varlen_attention(q, k, v, edges, 4),
+        "flash": lambda q: fastenc.flash_attn_varlen_func(q, k, v, edges, edges, 4, 4),
+        "disentangled": lambda q: fastenc.disentangled_attention(q, k, v, table, None, edges, 4),
+        "span_pool": lambda q: fastenc.span_pool(q[:, 0], k[:, 0], edges, 3),
+        "span_score": lambda q: fastenc.span_score(q[:, 0], k[:, 0], labels, edges, 3),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match="expected the dtype of"):
+            call(q.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(q.float()), call(q))
+            with pytest.raises(TypeError, match="expected the dtype of"):
+                call(q.double())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="dtype of cos"):
+        fastenc.rope(q, torch.ones(9, 4), torch.ones(9, 4).bfloat16(), torch.arange(7))

@@ -170,6 +170,15 @@ def test_bad_input(message, inputs):
         pair()[0](**inputs)
 
 
+def test_bad_positions():
+    ours, _ = pair()
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="position_ids: expected 0 to 31, got -2"):
+        ours(ids, position_ids=torch.tensor([[-2, 0, 1]]))
+    with pytest.raises(TypeError, match=r"position_ids: expected integers, got torch\.float32"):
+        ours(ids, position_ids=torch.tensor([[0.0, 1.0, 2.0]]))
+
+
 def test_rows_of_padding():
     ours, _ = pair()
     ids, mask = padded((5, 0, 3), 6, 99)

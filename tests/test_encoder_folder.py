@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -168,6 +169,24 @@ def test_copies_and_pickles(tmp_path, twin_of):
         model.embeddings.word_embeddings.weight.data.mul_(2)
     expected_of(theirs, normalize_embeddings=True).check(twin.encode(TEXTS))
     expected.check(encoder.encode(TEXTS))
+
+
+def test_a_sentence_body(tmp_path):
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32, "cls"), st_modules.Normalize())
+    encoder = Encoder(fastenc.SentenceBody.from_folder(folder))
+    expected_of(theirs).check(encoder.encode(TEXTS))
+
+
+def test_a_folder_with_an_adapter(tmp_path):
+    """peft's: no config.json, the base model is named."""
+    theirs, folder = saved(tmp_path, st_modules.Pooling(32))
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    theirs.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    theirs.save(str(tmp_path / "adapted"))
+    with fastenc.record() as ran:
+        found = Encoder(tmp_path / "adapted").encode(TEXTS)
+    expected_of(theirs).check(found)
+    assert ran.fallbacks == []
 
 
 @pytest.mark.parametrize("mode", ["mean", "weightedmean"])

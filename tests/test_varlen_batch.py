@@ -201,3 +201,35 @@ def test_synchronisations_on_a_gpu():
     assert synchronisations(lambda: VarlenBatch.from_lists([[1], [2, 3]], "cuda").positions) == 0
     packed = (cu_seqlens, ids.flatten(), 15)
     assert synchronisations(lambda: VarlenBatch.from_cu_seqlens(*packed).positions) == 0
+
+
+def test_lists_of_any_kind():
+    expected = [1, 2, 3]
+    for lists in (
+        [[1, 2], [], [3]],
+        iter([[1, 2], [], [3]]),
+        ((1, 2), (), (3,)),
+        [torch.tensor([1, 2]), [], torch.tensor([3], dtype=torch.int32)],
+    ):
+        batch = VarlenBatch.from_lists(lists)
+        assert batch.input_ids.tolist() == expected and batch.input_ids.dtype == torch.int64
+        assert batch.cu_seqlens.tolist() == [0, 2, 2, 3]
+    with pytest.raises(TypeError, match="expected integers, got"):
+        VarlenBatch.from_lists([[1.5, 2], [3]])
+    with pytest.raises(TypeError, match="expected integers, got"):
+        VarlenBatch.from_lists([torch.ones(2), torch.tensor([3])])
+    with pytest.raises(ValueError, match=r"token_lists\[0\]: expected 1 dimensions"):
+        VarlenBatch.from_lists([torch.ones(2, 2).long()])
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        (torch.tensor([0, 5]), ValueError, "expected to run from 0 to total_tokens = 8, got 0 to"),
+        (torch.tensor([0, 6, 4, 8]), ValueError, "expected non-decreasing"),
+        ([0, 4, 8], TypeError, "expected a tensor, got list"),
+    ],
+)
+def test_a_split_is_checked(cu_seqlens, error, message):
+    with pytest.raises(error, match=message):
+        VarlenBatch.from_padded(shape=(1, 8)).split(cu_seqlens)

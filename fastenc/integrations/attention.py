@@ -77,7 +77,8 @@ def packed_attention(
     Args:
         query: (rows, heads, columns, head_dim). key, value: the same, or with fewer heads.
         attention_mask: what :func:`packed_mask` made, or None.
-        sliding_window: exclusive, as transformers passes it: 65 is 64 columns on each side.
+        sliding_window: exclusive, as ModernBERT passes it: 65 is 64 columns on each side. Read
+            where the mask tells no window: other models pass the mask's own, which is inclusive.
 
     Returns:
         (rows, columns, heads, head_dim), zeros in the padding, and None for the weights.
@@ -88,7 +89,9 @@ def packed_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (batch.pack(x.transpose(1, 2)) for x in (query, key, value))
-    reach = mask.reach if sliding_window is None else sliding_window - 1
+    reach = mask.reach
+    if reach is None and sliding_window is not None:
+        reach = sliding_window - 1
     if batch.gaps and reach is not None:
         out = windowed_with_gaps(q, k, v, batch, reach, dropout, scaling)
     else:
@@ -112,6 +115,8 @@ def _checked(
         refused = "a position bias"
     elif in_onnx_export():
         refused = 'torch.onnx.export, which needs another, such as "sdpa"'
+    elif kwargs.get("softcap") is not None:
+        refused = "a soft cap of the scores"
     elif mask is None:
         shape = (query.shape[0], query.shape[2])
         return PackedMask(VarlenBatch.from_padded(shape=shape, device=query.device))

@@ -71,6 +71,8 @@ class SentenceTransformer(st.SentenceTransformer):
         target = _target(self, device)
         if self.training:
             self.eval()
+        if not inputs:
+            return torch.tensor([], device=target)
         whole = truncate_dim is None
         rows = body.encode(
             inputs, bool(show_progress_bar), normalize=normalize_embeddings and whole,

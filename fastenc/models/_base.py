@@ -8,6 +8,8 @@ transformers' own forward runs instead, with one logged reason.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -43,7 +45,12 @@ class CallOptions:
     hidden_as: str
     cu_seqlens: Tensor | None
     max_seqlen: int | None
-    unknown: dict[str, Any]
+    others: dict[str, Any]
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the other arguments that ask for what the packed path does not do."""
+        return sorted(self.others.keys() - _IGNORED)
 
     @classmethod
     def read(cls, config, given: dict[str, Any]) -> CallOptions:
@@ -59,7 +66,7 @@ class CallOptions:
             hidden_as=given.pop("fastenc_hidden_as", "padded"),
             cu_seqlens=given.pop("cu_seq_lens_q", None),
             max_seqlen=given.pop("max_length_q", None),
-            unknown={k: v for k, v in given.items() if v is not None and k not in _IGNORED},
+            others={k: v for k, v in given.items() if v is not None},
         )
 
 
@@ -193,10 +200,10 @@ class PackedModel(StrictLoading):
 
     def _run(self, options: CallOptions, **tensors: Tensor | None):
         """transformers' forward on padded ``tensors``, on the packed path where that is exact."""
-        shape = _padded_shape(**tensors)
         reason = self._why_not_packed(options, tensors["attention_mask"])
         if reason is not None:
             return self._fall_back(reason, options, tensors)
+        shape = _padded_shape(**tensors)
         inputs = self._enter(options, shape, **tensors)
         states: list[Tensor] | None = [] if options.output_hidden_states else None
         try:
@@ -211,11 +218,15 @@ class PackedModel(StrictLoading):
             output.last_hidden_state = batch.first(hidden).unsqueeze(1)
         elif options.hidden_as == "packed":
             output.last_hidden_state, output["varlen_batch"] = hidden, batch
-        return output if options.return_dict else output.to_tuple()
+        return output if options.return_dict else self._as_tuple(output)
 
     def _output(self, batch: VarlenBatch, hidden: Tensor):
         """transformers' output object of the packed last hidden state (T, hidden)."""
         return BaseModelOutput(last_hidden_state=batch.pad(hidden))
+
+    def _as_tuple(self, output) -> tuple:
+        """What ``return_dict=False`` makes of :meth:`_output`."""
+        return output.to_tuple()
 
     def _enter(
         self,
@@ -265,7 +276,7 @@ class PackedModel(StrictLoading):
         if options.output_attentions:
             return "output_attentions"
         if options.unknown:
-            return f"unknown arguments ({', '.join(sorted(options.unknown))})"
+            return f"unknown arguments ({', '.join(options.unknown)})"
         if attention_mask is not None and not _is_padding_mask(attention_mask):
             return "an attention_mask that is no (rows, columns) tensor"
         everywhere = options.hidden_as == "everywhere" and attention_mask is not None
@@ -284,21 +295,22 @@ class PackedModel(StrictLoading):
         note_fallback(f"{type(self).__name__}: {reason}")
         output = super().forward(
             **{name: x for name, x in tensors.items() if x is not None},
-            **options.unknown,
+            **options.others,
             output_hidden_states=options.output_hidden_states,
             output_attentions=options.output_attentions,
             return_dict=True,
         )
-        first = _first_real(output.last_hidden_state, tensors["attention_mask"])
+        hidden, mask = output.last_hidden_state, tensors["attention_mask"]
+        # a cache's columns, of earlier tokens or of a prefix, stand before those of the input
+        mask = mask[:, -hidden.shape[1] :] if _is_padding_mask(mask) else None
+        first = _first_real(hidden, mask)
         self._see_first(output, first)
         if options.hidden_as == "first":
             output.last_hidden_state = first
         elif options.hidden_as == "packed":
-            hidden, mask = output.last_hidden_state, tensors["attention_mask"]
-            mask = mask if _is_padding_mask(mask) else None
             batch = VarlenBatch.from_padded(None, mask, shape=tuple(hidden.shape[:2]))
             output.last_hidden_state, output["varlen_batch"] = batch.pack(hidden), batch
-        return output if options.return_dict else output.to_tuple()
+        return output if options.return_dict else self._as_tuple(output)
 
     def _see_first(self, output, first: Tensor) -> None:
         """Redo what transformers computed from column 0 with ``first`` (rows, 1, hidden)."""
@@ -309,9 +321,33 @@ def checkpointed(layer: nn.Module) -> bool:
     return getattr(layer, "gradient_checkpointing", False) and layer.training
 
 
-def _first_real(hidden: Tensor, mask: object) -> Tensor:
+def forward_like(theirs: type, *tensors: str) -> Callable:
+    """A packed model's ``forward``: the arguments of ``theirs.forward``, by name or in its order.
+
+    ``tensors``: names of those that :meth:`PackedModel._run` takes. What ``theirs`` names, given as
+    None, is as if left out.
+    """
+    signature = inspect.signature(theirs.forward)
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [p.name for p in signature.parameters.values() if p.kind is plain][1:]
+
+    def forward(self, *args, **kwargs):
+        """As transformers' forward; ``attention_mask`` (rows, columns): nonzero is a real token."""
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or any(name in kwargs for name in given):
+            signature.bind(self, *args, **kwargs)  # says which
+        given.update(kwargs)
+        given = {k: x for k, x in given.items() if x is not None or k not in names}
+        inputs = {name: given.pop(name, None) for name in tensors}
+        return self._run(CallOptions.read(self.config, given), **inputs)
+
+    forward.__signature__ = signature
+    return forward
+
+
+def _first_real(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """(rows, columns, hidden) -> (rows, 1, hidden): the first real token of each row."""
-    if not _is_padding_mask(mask):
+    if mask is None:
         return hidden[:, :1]
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     return hidden[rows, (mask != 0).byte().argmax(1).to(hidden.device)].unsqueeze(1)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
+from fastenc.models._base import PackedInputs, PackedModel, checkpointed, forward_like
 from fastenc.nn import VarlenBatch
 from fastenc.nn.dropout import dropout
 from fastenc.nn.linear import linear
@@ -104,7 +104,11 @@ def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
     limit = getattr(embeddings.position_embeddings, "num_embeddings", None)
     if limit is None or not _checks.readable(positions) or positions.numel() == 0:
         return
-    highest = int(positions.amax())
+    if positions.is_floating_point():
+        raise TypeError(f"position_ids: expected integers, got {positions.dtype}")
+    lowest, highest = (int(x) for x in positions.aminmax())
+    if lowest < 0:
+        raise ValueError(f"position_ids: expected 0 to {limit - 1}, got {lowest}")
     if highest >= limit:
         raise ValueError(
             f"the input is too long: position {highest}, but the model has position embeddings for "
@@ -113,6 +117,13 @@ def _check_positions(embeddings: nn.Module, positions: Tensor) -> None:
 
 
 # ---- the model -----------------------------------------------------------------------------------
+
+
+def post_norm_forward(theirs: type) -> Callable:
+    """``forward_like`` of a model with absolute positions and token types."""
+    return forward_like(
+        theirs, "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"
+    )
 
 
 class PackedPostNorm(PackedModel):
@@ -129,22 +140,3 @@ class PackedPostNorm(PackedModel):
         if positions is None:
             positions = self._graph_columns(inputs)
         return {"position_ids": positions, "token_type_ids": inputs.token_type_ids}
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs,
-    ):
-        """As transformers' forward; ``attention_mask`` (rows, columns): nonzero is a real token."""
-        return self._run(
-            CallOptions.read(self.config, kwargs),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )

@@ -19,7 +19,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastenc.models._base import PackedInputs
-from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, wanted, widen
+from fastenc.models._post_norm import (
+    PackedPostNorm,
+    add_norm,
+    embed,
+    post_norm_forward,
+    through,
+    wanted,
+    widen,
+)
 from fastenc.nn import VarlenBatch
 from fastenc.nn.linear import linear
 from fastenc.ops import varlen_attention
@@ -138,3 +146,4 @@ class BertModel(PackedBert, hf.BertModel):
     """
 
     _slots = bert_slots(hf, "Bert")
+    forward = post_norm_forward(hf.BertModel)

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 from fastenc.models._base import Holes, PackedInputs
-from fastenc.models._post_norm import PackedPostNorm, add_norm, embed, through, wanted, widen
+from fastenc.models._post_norm import (
+    PackedPostNorm,
+    add_norm,
+    embed,
+    post_norm_forward,
+    through,
+    wanted,
+    widen,
+)
 from fastenc.nn import VarlenBatch
 from fastenc.nn._kept import Kept
 from fastenc.nn.dropout import dropout
@@ -211,6 +219,7 @@ class DebertaV2Model(PackedPostNorm, hf.DebertaV2Model):
         "intermediate": (hf.DebertaV2Intermediate,),
         "LayerNorm": (nn.LayerNorm,),
     }
+    forward = post_norm_forward(hf.DebertaV2Model)
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         if inputs.batch.gaps and getattr(self.config, "relative_attention", False):

@@ -22,7 +22,7 @@ from transformers.models.modernbert import modeling_modernbert as hf
 
 from fastenc.models import _modernbert_inference as inference
 from fastenc.models._attention import windowed_with_gaps
-from fastenc.models._base import CallOptions, PackedInputs, PackedModel, checkpointed
+from fastenc.models._base import PackedInputs, PackedModel, checkpointed, forward_like
 from fastenc.models._old_config import WritesBothFormats
 from fastenc.models._rotary import depends_on_length, kept_tables, rope_rows, rope_table
 from fastenc.nn import VarlenBatch
@@ -223,6 +223,9 @@ class ModernBertModel(WritesBothFormats, PackedModel, hf.ModernBertModel):
         "mlp_norm": (nn.LayerNorm,),
         "final_norm": (nn.LayerNorm,),
     }
+    forward = forward_like(
+        hf.ModernBertModel, "input_ids", "attention_mask", "position_ids", "inputs_embeds"
+    )
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         return modernbert_packed(self, inputs, states)
@@ -233,20 +236,3 @@ class ModernBertModel(WritesBothFormats, PackedModel, hf.ModernBertModel):
 
     def _kept_tables(self) -> list[Any]:
         return kept_tables(self.rotary_emb)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs,
-    ):
-        """As transformers' forward; ``attention_mask`` (rows, columns): nonzero is a real token."""
-        return self._run(
-            CallOptions.read(self.config, kwargs),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
 from fastenc.models._base import Holes, PackedInputs
-from fastenc.models._post_norm import add_norm, embed, through, widen
+from fastenc.models._post_norm import add_norm, embed, post_norm_forward, through, widen
 from fastenc.models.bert import PackedBert, default_positions
 from fastenc.nn import VarlenBatch
 from fastenc.nn.dropout import dropout
@@ -82,6 +82,7 @@ class MPNetModel(PackedBert, hf.MPNetModel):
         "intermediate": (hf.MPNetIntermediate,),
         "LayerNorm": (nn.LayerNorm,),
     }
+    forward = post_norm_forward(hf.MPNetModel)
 
     def _encode(self, inputs: PackedInputs, states: list[Tensor] | None) -> Tensor:
         if inputs.batch.gaps:
@@ -98,6 +99,11 @@ class MPNetModel(PackedBert, hf.MPNetModel):
     def _output(self, batch: VarlenBatch, hidden: Tensor):
         pooled = None if self.pooler is None else self.pooler(batch.first(hidden).unsqueeze(1))
         return BaseModelOutputWithPooling(last_hidden_state=batch.pad(hidden), pooler_output=pooled)
+
+    def _as_tuple(self, output) -> tuple:
+        """With the pooler's place, also where there is none: MPNet's heads count on it."""
+        hidden, *others = output.to_tuple()
+        return (hidden, *others) if self.pooler is not None else (hidden, None, *others)
 
     def _config_obstacle(self) -> str | None:
         buckets = self.encoder.relative_attention_bias.num_embeddings

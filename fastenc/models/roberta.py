@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
+from fastenc.models._post_norm import post_norm_forward
 from fastenc.models.bert import PackedBert, bert_slots
 
 
@@ -25,9 +26,11 @@ class RobertaModel(PackedRoberta, roberta.RobertaModel):
     """transformers' RobertaModel, padding-free inside."""
 
     _slots = bert_slots(roberta, "Roberta")
+    forward = post_norm_forward(roberta.RobertaModel)
 
 
 class XLMRobertaModel(PackedRoberta, xlm_roberta.XLMRobertaModel):
     """transformers' XLMRobertaModel, padding-free inside."""
 
     _slots = bert_slots(xlm_roberta, "XLMRoberta")
+    forward = post_norm_forward(xlm_roberta.XLMRobertaModel)

@@ -84,14 +84,21 @@ class VarlenBatch:
     def from_lists(
         cls, token_lists: Sequence[Sequence[int] | Tensor], device: torch.device | str | None = None
     ) -> VarlenBatch:
-        """Pack lists (or 1-D tensors) of token ids. No synchronisation."""
+        """Pack lists (or 1-D tensors) of token ids. No synchronisation.
+
+        Raises:
+            TypeError, ValueError: ids are no integers, or a tensor is not 1-D.
+        """
+        token_lists = list(token_lists)
         lengths = [len(tokens) for tokens in token_lists]
         edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         if any(isinstance(tokens, Tensor) for tokens in token_lists):
-            rows = [torch.as_tensor(tokens, dtype=torch.int64) for tokens in token_lists]
-            ids = torch.cat(rows)
+            rows = [torch.as_tensor(tokens) for tokens in token_lists]
+            for index, row in enumerate(rows):
+                _checks.tensor(f"token_lists[{index}]", row, 1)
+            ids = torch.cat([_as_ids(row) for row in rows])
         else:
-            ids = torch.tensor([*itertools.chain(*token_lists)], dtype=torch.int64)
+            ids = _as_ids(torch.tensor([*itertools.chain(*token_lists)]))
         return cls(edges, max(lengths, default=0), sum(lengths), ids).to(device or ids.device)
 
     @classmethod
@@ -192,7 +199,11 @@ class VarlenBatch:
     def split(self, cu_seqlens: Tensor, max_seqlen: int | None = None) -> VarlenBatch:
         """The same tokens, their rows split into sequences at ``cu_seqlens`` (num_seqs + 1,)."""
         longest = self.max_seqlen if max_seqlen is None else int(max_seqlen)
+        _checks.tensor("cu_seqlens", cu_seqlens, 1)
         cu_seqlens = cu_seqlens.to(self.device, torch.int32)
+        cu_seqlens = _checks.cu_seqlens(
+            "cu_seqlens", cu_seqlens, self.total_tokens, cu_seqlens, longest
+        )
         return replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest)
 
     def first(self, packed: Tensor) -> Tensor:
@@ -233,6 +244,13 @@ class VarlenBatch:
         row = torch.arange(self.num_seqs, device=self.device) * self.max_seqlen
         rows = row.repeat_interleave(self.lengths.long(), output_size=self.total_tokens)
         return rows + self.positions
+
+
+def _as_ids(tokens: Tensor) -> Tensor:
+    """int64; an empty tensor of any dtype is no ids."""
+    if tokens.is_floating_point() and tokens.numel():
+        raise TypeError(f"token ids: expected integers, got {tokens.dtype}")
+    return tokens.to(torch.int64)
 
 
 def _padded_shape(

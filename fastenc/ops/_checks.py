@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastenc.ops import _library
 from fastenc.ops._registry import debug_checks_enabled
+from fastenc.ops._rules import autocasts
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,8 +32,11 @@ def same_device(name: str, x: Tensor, reference_name: str, reference: Tensor) ->
         )
 
 
-def same_dtype(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
-    if x.dtype != reference.dtype:
+def same_dtype(
+    name: str, x: Tensor, reference_name: str, reference: Tensor, cast: bool = True
+) -> None:
+    """``cast``: autocast gives both its dtype where it is on, and they may differ before."""
+    if x.dtype != reference.dtype and not (cast and autocasts(x) and autocasts(reference)):
         raise TypeError(
             f"{name}: expected the dtype of {reference_name} ({reference.dtype}), got {x.dtype}"
         )

@@ -41,6 +41,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for ``x``'s kind of device, and casts its dtype."""
+    return x.dtype in _CASTABLE and autocast_dtype(x.device.type) is not None
+
+
 def _cast(value, dtype: torch.dtype):
     castable = isinstance(value, Tensor) and value.dtype in _CASTABLE
     return value.to(dtype) if castable else value

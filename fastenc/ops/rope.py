@@ -75,7 +75,7 @@ def check_tables(cos: Tensor, sin: Tensor, head_dim: int, like: Tensor) -> None:
             raise ValueError(f"{name}: has requires_grad=True, but the tables get no gradient")
     if cos.shape != sin.shape:
         raise ValueError(f"sin: expected the shape of cos {tuple(cos.shape)}, got {sin.shape}")
-    _checks.same_dtype("sin", sin, "cos", cos)
+    _checks.same_dtype("sin", sin, "cos", cos, cast=False)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:

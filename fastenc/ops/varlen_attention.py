@@ -180,7 +180,7 @@ def varlen_attention(
     """Self-attention of packed sequences.
 
     Args:
-        q, k, v: (total_tokens, heads, head_dim), one dtype, any strides.
+        q, k, v: (total_tokens, heads, head_dim), one dtype (under autocast any), any strides.
         cu_seqlens: (num_seqs + 1,) int32, 0 to total_tokens. max_seqlen: at least the longest.
         window_size: (left, right), inclusive, -1 = unlimited.
         scale: of the scores, ``head_dim ** -0.5`` by default.
@@ -200,7 +200,8 @@ def varlen_attention(
         cu_seqlens = _check_packed(q, k, v, cu_seqlens, max_seqlen)
         scale = q.shape[2] ** -0.5 if scale is None else float(scale)
         window_size = check_window(window_size)
-        return _flash.attend(q, k, v, cu_seqlens, max_seqlen, window_size, scale)
+        if q.dtype == k.dtype == v.dtype:  # else autocast makes them one
+            return _flash.attend(q, k, v, cu_seqlens, max_seqlen, window_size, scale)
     return varlen_attention_with_lse(
         q, k, v, cu_seqlens, max_seqlen, window_size, scale, dropout_p, seed, rel_bias
     )[0]
