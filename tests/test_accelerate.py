@@ -157,7 +157,7 @@ def test_attentions_fall_back_and_leave_nothing(name):
     assert ran.fallbacks == []
 
 
-@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward"])
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward", "full_backward_pre"])
 def test_hooks_on_inner_modules(name, kind):
     model = fastenc.accelerate(base(name))
     seen = []
@@ -168,6 +168,19 @@ def test_hooks_on_inner_modules(name, kind):
     with fastenc.record() as ran:
         model(**inputs_of())
     assert ran.fallbacks == []
+
+
+def test_a_hook_beside_a_harmless_one(name):
+    model = fastenc.accelerate(base(name))
+    model.enable_input_require_grads()
+    embeddings = model.get_input_embeddings()
+    with fastenc.record() as ran:
+        model(**inputs_of())
+    assert ran.fallbacks == []
+    embeddings.register_forward_hook(lambda *args: None)
+    with fastenc.record() as ran:
+        model(**inputs_of())
+    assert len(ran.fallbacks) == 1 and "hooks on inner modules" in ran.fallbacks[0]
 
 
 def test_hooks_on_the_model_itself_stay(name):
@@ -227,21 +240,49 @@ def test_packed_sequences_are_never_handed_over():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(ValueError, match=r"packed sequences cannot run.*output_attentions"):
         model(torch.ones(1, 5, dtype=torch.long), position_ids=positions, output_attentions=True)
+    edges = torch.tensor([0, 3, 5], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": 3, "max_length_k": 3}
+    with pytest.raises(ValueError, match=r"packed sequences cannot run.*output_attentions"):
+        model(torch.ones(1, 5, dtype=torch.long), **packed, output_attentions=True)
+
+
+def test_a_causal_configuration_falls_back():
+    model = fastenc.accelerate(base("ModernBertModel"))
+    model.config.is_causal = True
+    falls_back(model, "is_causal")
 
 
 def test_forward_packed_falls_back_too(name):
     model = fastenc.accelerate(base(name))
     batch = VarlenBatch.from_lists([[3, 4, 5, 6], [], [7, 8]])
-    expected = model.forward_packed(batch)
+    given = [
+        {},
+        {"rows": torch.tensor([5, 0, 2])},
+        {"position_ids": torch.tensor([4, 2, 1, 0, 9, 7])},
+    ]
+    if name == "BertModel":
+        given.append({"token_type_ids": torch.tensor([0, 1, 2, 0, 1, 2])})
+    expected = [model.forward_packed(batch, **options) for options in given]
     next(iter(model.children())).register_forward_hook(lambda *args: None)
     with fastenc.record() as ran:
-        actual = model.forward_packed(batch)
+        actual = [model.forward_packed(batch, **options) for options in given]
     assert ran.fallbacks == [f"{name}: hooks on inner modules (embeddings)"]
-    torch.testing.assert_close(actual, expected)
+    for found, wanted, options in zip(actual, expected, given, strict=True):
+        torch.testing.assert_close(found, wanted, msg=lambda text, o=options: f"{o}: {text}")
+
+
+def test_packed_ids_are_looked_at_before_the_embeddings_are(name):
+    model = fastenc.accelerate(base(name))
+    with pytest.raises(ValueError, match="vocabulary size 99, got 99"):
+        model.forward_packed(VarlenBatch.from_lists([[3, 99]]))
 
 
 def test_moving_and_casting(name):
-    model = fastenc.accelerate(base(name))
+    plain = base(name)
+    model = fastenc.accelerate(copy.deepcopy(plain))
+    real = inputs_of()["attention_mask"] == 1
     model(**inputs_of())
-    assert model.to(torch.bfloat16)(**inputs_of()).last_hidden_state.dtype == torch.bfloat16
-    assert model.to(torch.float64)(**inputs_of()).last_hidden_state.dtype == torch.float64
+    for dtype, off in ((torch.bfloat16, 0.1), (torch.float64, 1e-9), (torch.float32, 1e-5)):
+        found, expected = (m.to(dtype)(**inputs_of()).last_hidden_state for m in (model, plain))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found[real], expected[real], atol=off, rtol=0)

@@ -12,6 +12,7 @@ import peft
 import pytest
 import sentence_transformers as st
 import setfit
+import tokenizers
 import torch
 import transformers
 from embedding_tests import Expected
@@ -21,6 +22,7 @@ from test_encoder_folder import MINILM, TEXTS, expected_of, tiny_body
 
 import fastenc
 from fastenc.integrations.sentence_transformers import _cuts
+from fastenc.nn import PrepackedLinear
 from fastenc.testing import assert_parity
 
 PAIRS = [(a, b) for a, b in zip(TEXTS, reversed(TEXTS), strict=True)]
@@ -141,8 +143,14 @@ def test_changes_to_the_live_object_are_seen(tmp_path):
     plain = tiny(tmp_path)
     ours = fastenc.accelerate(copy.deepcopy(plain))
     ours.encode(TEXTS[:2])
+    cased = copy.deepcopy(plain.tokenizer)
+    cased.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
+    before = plain.encode(TEXTS)
     for change in (
+        lambda m: setattr(m[0], "processor", cased),
         lambda m: setattr(m, "max_seq_length", 9),
+        lambda m: setattr(m.tokenizer, "truncation_side", "left"),
+        lambda m: setattr(m[0], "model", telling(copy.deepcopy(m[0].model)).eval()),
         lambda m: m.append(st_modules.Normalize()),
         lambda m: m[0].auto_model.embeddings.word_embeddings.weight.data.mul_(2),
         lambda m: setattr(m[1], "pooling_mode", "cls"),
@@ -150,12 +158,48 @@ def test_changes_to_the_live_object_are_seen(tmp_path):
     ):
         change(plain)
         change(ours)
-        expected_of(plain).check(ours.encode(TEXTS))
-    calls = []
-    ours[1].register_forward_hook(lambda *args: calls.append(1))
+        expected = expected_of(plain)
+        expected.check(ours.encode(TEXTS))
+        assert not np.array_equal(expected.plain, before)  # the change is one that can be seen
+        before = expected.plain
+    for kind in ("forward", "forward_pre"):
+        calls = []
+        hook = getattr(ours[1], f"register_{kind}_hook")(lambda *args, c=calls: c.append(1))
+        with fastenc.record() as ran:
+            ours.encode(TEXTS)
+        hook.remove()
+        assert calls and "hooks on its modules" in ran.fallbacks[0]
+    torch.compiler.reset()
+    ours.compile(backend="eager")
     with fastenc.record() as ran:
-        ours.encode(TEXTS)
-    assert calls and "hooks on its modules" in ran.fallbacks[0]
+        ours.encode(TEXTS[:1])
+    assert "compiled" in ran.fallbacks[0]
+
+
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder"])
+def test_encoding_ends_training_as_theirs_does(tmp_path, kind, monkeypatch):
+    """And runs where it is told to."""
+    plain = tiny(tmp_path) if kind == "SentenceTransformer" else pair_model(tmp_path)
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    asked = []
+    resolve = type(plain)._resolve_inference_device
+
+    def resolved(self, device):
+        asked.append(device)
+        return resolve(self, device)
+
+    monkeypatch.setattr(st.base.model.BaseModel, "_resolve_inference_device", resolved)
+    for model in (plain, ours):
+        run, texts = (
+            (model.encode, TEXTS) if kind == "SentenceTransformer" else (model.predict, PAIRS)
+        )
+        model.train()
+        first = run(texts[:4])
+        assert not any(module.training for module in model.modules())
+        assert np.array_equal(run(texts[:4]), first)
+        asked.clear()
+        run(texts[:4], device="cpu")
+        assert asked == ["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +231,7 @@ def test_saved_folders_stay_vanilla(tmp_path):
     model = tiny(tmp_path, *head)
     model.save(str(tmp_path / "plain"))
     fastenc.accelerate(model, prepack=True)
+    assert PrepackedLinear in map(type, model.modules())
     model.encode(TEXTS)
     model.save(str(tmp_path / "ours"))
     assert files(tmp_path / "ours") == files(tmp_path / "plain")
@@ -307,7 +352,7 @@ def test_cross_encoder(tmp_path, kind, labels):
     before = ours.predict(PAIRS)  # not plain's: MKL's bits depend on where the weights lie
     assert fastenc.accelerate(ours) is ours
     assert type(ours).__name__ == "CrossEncoder" and isinstance(ours, st.CrossEncoder)
-    for options in ({}, {"apply_softmax": True}, {"convert_to_tensor": True},
+    for options in ({}, {"apply_softmax": True}, {"convert_to_tensor": True}, {"prompt": "find: "},
                     {"activation_fn": torch.nn.Tanh()}):  # fmt: skip
         with fastenc.record() as ran:
             found = ours.predict(PAIRS, **options)
@@ -331,6 +376,15 @@ def test_cross_encoder(tmp_path, kind, labels):
     assert saved[0] == saved[1]
     assert type(fastenc.restore(ours)) is st.CrossEncoder
     assert np.array_equal(ours.predict(PAIRS), before)
+
+
+def test_scores_of_bfloat16_are_made_in_float32(tmp_path):
+    plain = pair_model(tmp_path).bfloat16()
+    ours = fastenc.accelerate(copy.deepcopy(plain))
+    for model in (plain, ours):
+        found = model.predict(PAIRS, convert_to_tensor=True)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_batches_of_pairs():
@@ -396,3 +450,16 @@ def test_what_holds_setfits_models(tmp_path):
         [one.encode(TEXTS) for one in load.values()]
     assert [why for why in ran.fallbacks if "cuda_graphs" in why]
     fastenc.restore(trainer), fastenc.restore(both)
+
+
+def test_setfit_model_on_cuda_graphs(tmp_path):
+    """The wish reaches the encoder that the object holds, and leaves it again."""
+    tiny(tmp_path).save(str(tmp_path / "body"))
+    model = fastenc.accelerate(
+        setfit.SetFitModel.from_pretrained(str(tmp_path / "body")), cuda_graphs=True
+    )
+    with fastenc.record() as ran:
+        model.model_body.encode(TEXTS[:2])
+    assert ran.fallbacks == ["cuda_graphs: the batch is on cpu"]
+    fastenc.restore(model)
+    assert not [name for name in vars(model.model_body[0].auto_model) if "fastenc" in name]

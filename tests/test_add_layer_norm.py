@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import fastenc
 from fastenc import testing
+from fastenc.ops._rules import layer_norm_precision
 from fastenc.ops.add_layer_norm import add_layer_norm_inplace, add_layer_norm_ref
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -30,6 +31,8 @@ def test_opcheck():
     case = next(testing.cases("add_layer_norm"))
     for r, b in itertools.product((residual, None), (bias, None)):
         op_tests.check_opcheck(case, (x, r, weight, b, 1e-5))
+    mixed = (x.detach().bfloat16(), residual.detach(), weight.detach(), None, 1e-5)
+    op_tests.check_opcheck(case, mixed)
 
 
 def test_bit_equal_for_any_number_of_threads():
@@ -102,6 +105,18 @@ def test_float64_parameters_are_rounded_to_float32(dtype):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("which", ["x", "residual"])
+def test_float64_on_either_side_is_float64(which):
+    x, residual = (t.detach() for t in _arguments()[:2])
+    weight, bias = torch.randn(2, 24, dtype=torch.float64)
+    exact = add_layer_norm_ref(*(t.double() for t in (x, residual, weight, bias)))
+    x, residual = (t.double() if name == which else t
+                   for name, t in (("x", x), ("residual", residual)))  # fmt: skip
+    found = fastenc.add_layer_norm(x, residual, weight, bias)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 def test_without_residual_the_sum_is_x_itself():
     x, _, weight, _ = _arguments()
     normed, total = fastenc.add_layer_norm(x, None, weight)
@@ -144,6 +159,13 @@ def test_autocast_on_cpu_follows_torch():
         normed, total = fastenc.add_layer_norm(x.bfloat16(), residual, weight, bias)
         plain = F.layer_norm(x.bfloat16() + residual, (24,), weight, bias)
     assert normed.dtype == plain.dtype == total.dtype == torch.float32
+
+
+def test_autocast_on_cuda_is_float32():
+    x, weight = torch.randn(3, 8).half(), torch.randn(8, dtype=torch.float64)
+    run = layer_norm_precision(torch.float16, "cuda", (x, None, weight, 1e-5))
+    assert run[0].dtype == torch.float32 and run[1] is None
+    assert run[2] is weight and run[3] == 1e-5
 
 
 def _misuse():
@@ -209,6 +231,7 @@ def test_in_place_only_where_that_can_be():
         assert not taken(
             torch.randn(8, 3).t().clone(memory_format=torch.preserve_format), x.clone()
         )
+        assert not taken(x.clone(), torch.randn(8, 3).t())
         with fastenc.use_backend("reference"):
             assert not taken(x.clone(), x.clone())
 
@@ -218,6 +241,8 @@ def test_in_place_misuse():
     x, weight = torch.randn(3, 8), torch.ones(8)
     with pytest.raises(RuntimeError, match="residual: expected"):
         op(x, x.bfloat16(), weight, None, 1e-5)
+    with torch.no_grad(), pytest.raises(ValueError, match="residual: expected the shape of x"):
+        add_layer_norm_inplace(x, x[:1].clone(), weight)
     with pytest.raises(RuntimeError, match="contiguous"):
         op(torch.randn(8, 3).t(), x, weight, None, 1e-5)
     with pytest.raises(RuntimeError, match="contiguous"):

@@ -100,16 +100,32 @@ def test_a_unit_is_compiled_again_if_one_of_its_sources_changed(build, tmp_path)
     shared = tmp_path / "shared.h"
     shared.touch()
 
-    def calls() -> int:
-        build.compile_cuda(str(nvcc), "x", [str(s) for s in sources], str(tmp_path), [])
+    inner = tmp_path / "inner.h"
+    shared.write_text('#include "inner.h"\n')
+    inner.touch()
+
+    def calls(*flags) -> int:
+        build.compile_cuda(str(nvcc), "x", [str(s) for s in sources], str(tmp_path), list(flags))
         return (tmp_path / "calls").read_text().count("compiled")
 
     assert (calls(), calls()) == (1, 1)
     assert (tmp_path / "x.cu").read_text() == '#include "a.cu"\n#include "b.cu"\n'
-    for i, changed in enumerate((*sources, shared)):
+    for i, changed in enumerate((*sources, shared, inner)):
         with open(changed, "a") as file:
             file.write("// changed\n")
         assert (calls(), calls()) == (i + 2, i + 2)
+    assert (calls("-O1"), calls("-O1"), calls("-O2")) == (6, 6, 7)
+
+
+def test_a_unit_that_does_not_compile_stops_the_build_each_time(build, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ntouch {tmp_path}/x.o\necho no such thing\nexit 2\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "a.cu").touch()
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="no such thing"):
+            build.compile_cuda(str(nvcc), "x", [str(tmp_path / "a.cu")], str(tmp_path), [])
+    assert (tmp_path / "x.log").read_text() == "no such thing\n"
 
 
 def test_one_line_says_what_is_built():

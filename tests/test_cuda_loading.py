@@ -239,6 +239,40 @@ def test_architectures_served():
     assert served([]) == set()
 
 
+def test_a_library_fits_every_gpu_and_the_driver():
+    from fastenc.ops._gpus import Gpus
+    from fastenc.ops._library import _unfit
+
+    hopper, turing = (9, 0), (7, 5)
+    for gpus, words in (
+        (Gpus((hopper, (8, 6)), (13, 0)), None),
+        (Gpus((hopper,), (14, 1)), None),
+        (Gpus((hopper,), None), None),
+        (Gpus((hopper, turing), (13, 0)), "is built for sm_80, sm_90a; a GPU here is sm_75"),
+        (Gpus((turing, hopper), (13, 0)), "is built for sm_80, sm_90a; a GPU here is sm_75"),
+        (Gpus((hopper,), (12, 9)), "is built with CUDA 13; the driver here serves 12.9"),
+    ):
+        found = _unfit(["80", "90a"], 13, gpus)
+        assert found is None if words is None else words in found, gpus
+
+
+def test_the_heads_that_the_smallest_shared_memory_serves(monkeypatch):
+    import torch
+
+    from fastenc.ops import _checks, _library
+    from fastenc.ops._gpus import Gpus
+
+    for capabilities, most, disentangled in (
+        ((), 128, 128), (((9, 0),), 128, 128), (((8, 0), (10, 0)), 128, 128),
+        (((9, 0), (8, 6)), 96, 0), (((12, 0),), 96, 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(_library, "_gpus_served", Gpus(capabilities))
+        for head_dim in (64, 96, 97, 128, 129):
+            x = torch.empty(1, 1, head_dim)
+            assert (_checks.cuda_head_dim(x) is None) == (head_dim <= most), capabilities
+            assert (_checks.cuda_disentangled(x) is None) == (head_dim <= disentangled)
+
+
 def test_the_table_of_measured_ops_is_for_one_kind_of_gpu():
     from fastenc.ops._registry import measured_for_triton
 

@@ -130,6 +130,20 @@ def test_autocast_and_compile_are_plain():
         torch.testing.assert_close(compiled(x), module(x))
 
 
+def test_weights_without_a_version_and_a_switched_off_onednn_are_plain():
+    with torch.inference_mode():
+        module = make()
+    x = torch.randn(3, 40)
+    for _ in range(2):
+        assert_matches(module, x)
+        with torch.inference_mode():
+            module[0].weight.mul_(2)
+    module = make()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_matches(module, x)
+    assert packed_of(module) is None
+
+
 def test_accelerate_packs_on_request_and_restore_undoes_it():
     from transformers import BertConfig, BertModel
 

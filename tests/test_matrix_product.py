@@ -247,6 +247,12 @@ def test_whatever_else_is_called(own_product):
     seen = []
     hooked.register_forward_hook(lambda *_: seen.append(1))
     assert taken(hooked) == 0 and seen
+    for register in ("forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        hooked = nn.Linear(40, 24)
+        getattr(hooked, f"register_{register}")(lambda *_: None)
+        assert taken(hooked) == 0, register
+    prepacked = linear.prepack(nn.Linear(40, 24))
+    assert taken(prepacked) == 1 and prepacked not in linear._packed
     doubled = Doubled(40, 24)
     assert taken(doubled) == 0
     with torch.no_grad():
@@ -267,6 +273,25 @@ def test_whatever_else_is_called(own_product):
         torch.set_float32_matmul_precision("highest")
     assert taken(plain) == 1
     assert taken(nn.Linear(40, 24, dtype=torch.float64), x.double()) == 0
+
+
+class Named(torch.Tensor):
+    pass
+
+
+def test_traced_transformed_and_of_a_class_of_its_own_it_is_torchs(own_product):
+    layer, x = nn.Linear(40, 24).requires_grad_(False), torch.randn(5, 3, 40)
+    expected = layer(x)
+    assert products(lambda: linear.linear(layer, x)) == 1
+    named = x.as_subclass(Named)
+    assert products(lambda: linear.linear(layer, named)) == 0
+    assert type(linear.linear(layer, named)) is Named
+    torch.testing.assert_close(torch.func.vmap(lambda x: linear.linear(layer, x))(x), expected)
+    slope = torch.func.grad(lambda x: linear.linear(layer, x).sum())(x)
+    torch.testing.assert_close(slope, layer.weight.sum(0).expand(5, 3, 40))
+    traced = torch.jit.trace(lambda x: linear.linear(layer, x), (x[:2],), check_trace=False)
+    torch.testing.assert_close(traced(x), expected)
+    assert "fastenc::" not in str(traced.graph)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -40,6 +40,7 @@ CONFIGS = {
     "one layer": {"layer_types": ["full_attention"]},
     "local first": {"layer_types": ["sliding_attention", "full_attention"]},
     "window of one": {"local_attention": 1},
+    "a wide eps": {"norm_eps": 0.5},
     "wide heads": {"num_attention_heads": 1, "hidden_size": 96},
     "linear rope": {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
     "llama and long rope": {
@@ -78,7 +79,9 @@ def test_configurations(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["plain", "biases", "relu", "one layer", "local first"])
+@pytest.mark.parametrize(
+    "name", ["plain", "biases", "relu", "one layer", "local first", "a wide eps"]
+)
 def test_without_gradients_sums_are_made_in_place(name, dtype, monkeypatch):
     """To the bit what comes with gradients, whatever lies in the memory that the layers share;
     states that are returned are nobody's to take."""
@@ -97,6 +100,40 @@ def test_without_gradients_sums_are_made_in_place(name, dtype, monkeypatch):
     assert all(map(torch.equal, states, expected.hidden_states))
     layers = ours.config.num_hidden_layers
     assert ran.calls["add_layer_norm_inplace"]["cpu"] == 2 * layers
+
+
+@pytest.fixture
+def own_product(monkeypatch):
+    """As on a machine that takes fastenc's product: layers run without Python between them."""
+    monkeypatch.setattr(linear, "prefers_own", lambda gradients=False: True)
+
+
+def test_without_gradients_other_layers_run_as_with_them(own_product):
+    """Given positions, heads wider than the kernels, a layer pruned to another size."""
+    ids, mask = padded((23, 7, 1), 23, 99)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    positions = torch.arange(23) * torch.tensor([[2], [3], [1]])
+    pruned = pair()[0]
+    mlp = pruned.layers[1].mlp
+    mlp.Wi, mlp.Wo = torch.nn.Linear(32, 20, bias=False), torch.nn.Linear(10, 32, bias=False)
+    for model, given in (
+        (pair()[0], inputs | {"position_ids": positions}),
+        (pair(num_attention_heads=1, hidden_size=260)[0], inputs),
+        (pruned, inputs),
+    ):
+        expected = model(**given).last_hidden_state
+        with torch.no_grad():
+            torch.testing.assert_close(model(**given).last_hidden_state, expected)
+
+
+def test_embeddings_that_are_given_are_not_overwritten(own_product):
+    ours, _ = pair()
+    ours.embeddings.norm = torch.nn.Identity()
+    embeds = torch.randn(1, 70, 32)
+    before = embeds.clone()
+    with torch.no_grad():
+        ours(inputs_embeds=embeds)
+    assert torch.equal(embeds, before)
 
 
 class Keeping(torch.nn.Linear):
@@ -166,6 +203,8 @@ def test_beyond_the_dynamic_rope_and_the_table():
         for columns in (12, 90, 30):
             inputs = {"input_ids": padded((columns,), columns, 99)[0]}
             check_model(ours, reference, inputs)
+        ids, mask = padded((50, 20), 90, 99, "right")  # frequencies follow the padded width
+        check_model(ours, reference, {"input_ids": ids, "attention_mask": mask})
 
 
 def test_a_real_shape():
@@ -205,6 +244,11 @@ def test_hidden_states_and_tuples():
     as_tuple = ours(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], actual.last_hidden_state)
     assert isinstance(actual, type(plain)) and actual.keys() == plain.keys()
+    for model in (ours, reference):
+        model.config.output_hidden_states, model.config.return_dict = True, False
+        first, states = model(ids, attention_mask=mask)
+        assert first.shape == (3, 23, 32) and len(states) == 4
+        assert len(model(ids, attention_mask=mask, output_hidden_states=False)) == 1
 
 
 def test_inputs_embeds():
@@ -299,14 +343,48 @@ def test_dropout():
     """Reproducible under a seed, different under another, silent in eval mode."""
     options = {"embedding_dropout": 0.1, "attention_dropout": 0.2, "mlp_dropout": 0.1}
     ours, _ = pair(**options)
+    assert drawn_in_training(ours)
+
+
+def drawn_in_training(ours, **inputs) -> bool:
+    """Whether dropout acts: the same under one seed, with and without gradients."""
     ids, mask = padded((23, 7, 1), 23, 99)
+    inputs = {"input_ids": ids, "attention_mask": mask} | inputs
     ours.train()
 
-    def run(seed):
+    def run(seed, gradients):
         torch.manual_seed(seed)
-        return ours(ids, attention_mask=mask).last_hidden_state
+        with torch.set_grad_enabled(gradients):
+            return ours(**inputs).last_hidden_state
 
-    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    differs = set()
+    for gradients in (True, False):
+        assert torch.equal(run(1, gradients), run(1, gradients))
+        differs.add(not torch.equal(run(1, gradients), run(2, gradients)))
+    assert len(differs) == 1
+    return differs.pop()
+
+
+@pytest.mark.parametrize("where", ["attention", "attention_output", "mlp", "embeddings", "nowhere"])
+@pytest.mark.parametrize("given", ["mask", "positions", "holes"])
+def test_every_dropout_acts(where, given, own_product):
+    """Each alone, on every way through attention."""
+    ours, _ = pair()
+    for layer in ours.layers:
+        layer.attn.attention_dropout = 0.5 * (where == "attention")
+        layer.attn.out_drop = torch.nn.Dropout(0.5 * (where == "attention_output"))
+        layer.mlp.drop = torch.nn.Dropout(0.5 * (where == "mlp"))
+    ours.embeddings.drop = torch.nn.Dropout(0.5 * (where == "embeddings"))
+    _, mask = padded((23, 7, 1), 23, 99)
+    mask[0, 4:9] = 0
+    inputs = {
+        "mask": {},
+        "positions": {"position_ids": torch.arange(23).mul(2).expand(3, 23)},
+        "holes": {"attention_mask": mask},
+    }[given]
+    if given == "holes":  # global layers take another way
+        ours.layers = ours.layers[1:]
+    assert drawn_in_training(ours, **inputs) == (where != "nowhere")
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -354,8 +432,26 @@ def test_rope_tables_follow_the_frequencies():
     ours, _ = pair()
     ids = torch.arange(20).unsqueeze(0)
     before = ours(ids).last_hidden_state
-    ours.rotary_emb.full_attention_inv_freq.mul_(0.5)
-    assert not torch.equal(ours(ids).last_hidden_state, before)
+    found = [before]
+    for _ in range(2):
+        ours.rotary_emb.full_attention_inv_freq = ours.rotary_emb.full_attention_inv_freq * 0.5
+        found.append(ours(ids).last_hidden_state)
+        assert not torch.equal(found[-1], found[-2])
+    ours.rotary_emb.full_attention_inv_freq.mul_(4)
+    assert torch.equal(ours(ids).last_hidden_state, before)
+
+
+def test_rope_tables_follow_the_dtype():
+    """Tables of bfloat16 do not serve float32, nor the other way around."""
+    ours, _ = pair()
+    low = at(ours, torch.bfloat16)
+    ids = torch.arange(20).unsqueeze(0)
+    expected = ours(ids).last_hidden_state
+    expected_low = low(ids).last_hidden_state
+    for parameter, other in zip(ours.parameters(), low.parameters(), strict=True):
+        parameter.data, other.data = other.data, parameter.data
+    assert torch.equal(ours(ids).last_hidden_state, expected_low)
+    assert torch.equal(low(ids).last_hidden_state, expected)
 
 
 def test_compiles_whole_over_many_lengths():

@@ -59,6 +59,10 @@ def test_config_says_both_formats(tmp_path):
     assert written["rope_parameters"] == rope
     assert written["layer_types"] == ours.config.layer_types
     assert not hasattr(ours.config, "global_rope_theta")
+    ours.config.global_rope_theta = 1.0
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["global_rope_theta"] == 5e4
+    assert ours.config.global_rope_theta == 1.0  # a saved config is as it was
 
 
 def test_layer_types_without_a_rule_write_no_rule(tmp_path):
