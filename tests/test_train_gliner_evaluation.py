@@ -117,16 +117,6 @@ def test_entities_are_those_of_the_logits(head, tmp_path):
     assert found["eval_recall"] == pytest.approx(1 - lost / annotated)
 
 
-def test_every_example_counts(tmp_path):
-    """Also those that another dataset has checked, and numbered, before."""
-    model = gliner_tests.ours(steady_model(), tmp_path)
-    rows = [{"tokenized_text": ["a", "b"], "ner": [[0, 0, kind]]} for kind in "xy"]
-    trainer = GLiNERTrainer(model, arguments(tmp_path), rows[:1], rows[1:])
-    both = [*trainer.train_dataset, *trainer.eval_dataset]
-    loop = trainer.evaluation_loop(trainer.get_eval_dataloader(both), "both")
-    assert loop.num_samples == 2 and {"eval_recall/x", "eval_recall/y"} <= set(loop.metrics)
-
-
 def test_it_learns(tmp_path):
     theirs = steady_model(**HEADS["bi-encoder"])
     for module in theirs.model.modules():

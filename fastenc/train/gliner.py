@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +271,6 @@ class GLiNERTrainer(transformers.Trainer):
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset, got none")
         examples = _checked([*dataset], "eval_dataset")
-        examples = [replace(e, index=i) for i, e in enumerate(examples)]
         types = self.eval_types
         if types is None:
             types = sorted({kind for e in examples for *_, kind in e.entities})
