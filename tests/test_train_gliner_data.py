@@ -108,27 +108,6 @@ def test_what_cannot_be_learned_is_said_once(small, tmp_path, caplog):
     assert batch.batch.word_lengths == [384, 3] and len(batch.positives) == 1
 
 
-def test_texts_longer_than_the_position_table_train(tmp_path, caplog):
-    """They are cut behind the last word that fits beside the types, as gliner's are."""
-    model = gliner_tests.ours(
-        gliner_tests.their_model("bert", encoder={"max_position_embeddings": 64}), tmp_path
-    )
-    long = {"tokenized_text": ["Marie"] * 100, "ner": [[0, 0, "person"], [99, 99, "city"]]}
-    trainer = GLiNERTrainer(model, arguments(tmp_path, max_steps=2), [long, GOOD], [long])
-    with caplog.at_level("WARNING", "fastenc"):
-        trainer.train()
-        batch = trainer.data_collator([long])["batch"].batch
-        giant = trainer.data_collator([{**GOOD, "tokenized_text": ["x" * 500] * 3}])["batch"].batch
-    assert caplog.text.count("longer than the model's 64 tokens") == 1
-    word = len(model.words.word_ids(["Marie"])[0])
-    assert 0 <= 64 - batch.tokens.total_tokens < word and 0 < batch.word_lengths[0] < 100
-    assert giant.word_lengths == [1] and giant.tokens.total_tokens <= 64
-    assert trainer.evaluate()["eval_recall/city"] == 0, "annotated behind the cut, so missed"
-    many = [f"type number {i}" for i in range(60)]
-    with pytest.raises(ValueError, match=r"60 types take \d+ tokens, .* takes 64"):
-        GLiNERTrainer(model, trainer.args, [GOOD], [long], many).evaluate()
-
-
 def test_texts_without_words_or_entities_train(small, tmp_path):
     rows = [{"tokenized_text": [], "ner": []}, {"tokenized_text": ["a"], "ner": None}, GOOD]
     trainer = GLiNERTrainer(copy.deepcopy(small), arguments(tmp_path, max_steps=1), rows)

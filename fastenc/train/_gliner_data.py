@@ -7,7 +7,6 @@ words inclusive; optional keys: ``ner_labels``, the types to ask for, in that or
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 import zlib
@@ -225,36 +224,11 @@ class Collator:
 
     def _cut(self, example: Example) -> Example:
         limit = self.config.max_len
-        if len(example.words) > limit:
-            self._tell(
-                f"texts longer than max_len = {limit} words are cut; entities behind are lost"
-            )
-        stop = self._fitting(example, min(limit, len(example.words)))
-        if stop == len(example.words):
+        if len(example.words) <= limit:
             return example
-        inside = [e for e in example.entities if e[1] < stop]
-        return replace(example, words=example.words[:stop], entities=inside)
-
-    def _fitting(self, example: Example, words: int) -> int:
-        """How many of the first ``words`` stand beside the types in as many tokens as the model
-        takes; one at least, which is cut short."""
-        if self.max_tokens is None:
-            return words
-        types = [] if self.config.bi_encoder else self.words.prompt(example.types)[0]
-        room = self.max_tokens - sum(map(len, self.words.around)) - len(types)
-        if room < 1:
-            raise ValueError(
-                f"{len(example.types)} types take {len(types)} tokens, which leaves no room for a "
-                f"text: the model takes {self.max_tokens}"
-            )
-        sizes = map(len, self.words.word_ids(example.words[:words]))
-        fitting = sum(end <= room for end in itertools.accumulate(sizes))
-        if fitting < words:
-            self._tell(
-                f"texts longer than the model's {self.max_tokens} tokens, types included, are cut; "
-                "entities behind are lost"
-            )
-        return max(fitting, min(words, 1))
+        self._tell(f"texts longer than max_len = {limit} words are cut; entities behind are lost")
+        inside = [e for e in example.entities if e[1] < limit]
+        return replace(example, words=example.words[:limit], entities=inside)
 
     def _positives(self, examples: list[Example]) -> list[tuple[int, int, int]]:
         places: list[tuple[int, int, int]] = []
