@@ -198,8 +198,8 @@ def _plain(params: dict[str, Any]) -> dict[str, Any]:
     plain = {}
     for name, value in params.items():
         if name == "class_weight" and isinstance(value, dict):
-            value = [[_scalar(x) for x in pair] for pair in value.items()]
-        value = _scalar(value)
+            value = [[scalar(x) for x in pair] for pair in value.items()]
+        value = scalar(value)
         if value is None or isinstance(value, (bool, int, float, str, list)):
             plain[name] = value
     return plain
@@ -211,8 +211,8 @@ def _given(plain: dict[str, Any]) -> dict[str, Any]:
     return plain | {"class_weight": dict(weights)} if isinstance(weights, list) else plain
 
 
-def _scalar(value: Any) -> Any:
-    """A NumPy number as Python's."""
+def scalar(value: Any) -> Any:
+    """A NumPy number as Python's, for JSON."""
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastenc.models import _setfit_files as files
 from fastenc.models._setfit_checks import check_embeddings, check_labels
-from fastenc.models._setfit_heads import DifferentiableHead, LinearHead, check_width
+from fastenc.models._setfit_heads import DifferentiableHead, LinearHead, check_width, scalar
 from fastenc.models.sentence import SentenceBody, check_texts
 
 Head = LinearHead | DifferentiableHead
@@ -49,9 +49,7 @@ class SetFitModel:
         normalize_embeddings: bool = False,
     ):
         self.body, self.head = body, head
-        self.labels = labels
-        if labels is not None:  # NumPy's numbers as Python's, for the JSON file
-            self.labels = [x.item() if isinstance(x, np.generic) else x for x in labels]
+        self.labels = None if labels is None else [scalar(x) for x in labels]
         self.multi_target_strategy = multi_target_strategy
         self.normalize_embeddings = normalize_embeddings
         check_width(body.dimension, head.in_features)
